@@ -1,0 +1,72 @@
+"""Samples in memory and the order in which they are visited: a function of (seed, step), so that a run can resume."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .protocols import Condition
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Latents [C, ...] in the space the network sees, with one conditioning each; shapes may differ."""
+
+    latents: Sequence[Tensor]
+    conditions: Sequence[Condition]
+    empty_condition: Condition | None = None
+    """What caption dropout replaces a condition with."""
+
+    def __post_init__(self):
+        if len(self.latents) == 0:
+            raise ValueError("the data set is empty: connect at least one latent")
+        if len(self.latents) != len(self.conditions):
+            raise ValueError(
+                f"{len(self.latents)} latents but {len(self.conditions)} conditionings: connect one for each latent"
+            )
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def groups(self) -> list[list[int]]:
+        """Indices of samples that can share a batch: those whose latents have one shape."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for index, latent in enumerate(self.latents):
+            by_shape.setdefault(latent.shape, []).append(index)
+        return list(by_shape.values())
+
+
+class BatchOrder:
+    """Every epoch visits each sample once, in batches of one shape; short batches are filled from their own group."""
+
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int):
+        self.groups = dataset.groups()
+        self.batch_size = batch_size
+        self.seed = seed
+        self.batches_per_epoch = sum(-(-len(group) // batch_size) for group in self.groups)
+        self._epoch: tuple[int, list[list[int]]] | None = None
+
+    def indices(self, step: int) -> list[int]:
+        """Sample indices of step `step` (0-based)."""
+        epoch, position = divmod(step, self.batches_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._make_epoch(epoch))
+        return self._epoch[1][position]
+
+    def _make_epoch(self, epoch: int) -> list[list[int]]:
+        generator = step_generator(self.seed, epoch, stream=1)
+        batches = []
+        for group in self.groups:
+            order = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
+            while len(order) % self.batch_size:
+                order += order[: self.batch_size - len(order) % self.batch_size]
+            batches += [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """The randomness of one step (stream 0), one epoch's order (1) or the validation noise (2)."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
+    mixed ^= mixed >> 31
+    return torch.Generator().manual_seed((mixed * 0xD6E8FEB86659FD93) % 2**63)
