@@ -1,7 +1,7 @@
-"""ComfyUI-Tidetable: the noise process, the schedules, guidance and LoRA training of diffusion models, on the same terms.
+"""ComfyUI-Tidetable: noise processes, schedules, guidance and LoRA training for diffusion models, on the same terms.
 
-Importing this package loads neither torch nor ComfyUI: the host asks for the nodes through `comfy_entrypoint`, and the pure
-folders (schedules, samplers, training) work without it.
+Importing this package loads neither torch nor ComfyUI: the host asks for the nodes through `comfy_entrypoint`, and the
+pure folders (schedules, samplers, training) work without it.
 """
 
 WEB_DIRECTORY = "./web"

@@ -1,1 +1,1 @@
-"""Development tools: the environment, loading the checkout, running and driving a real ComfyUI. Never imported by the pack."""
+"""Development tools: the environment, loading the checkout, driving a real ComfyUI. Never imported by the pack."""

@@ -1,7 +1,7 @@
 """Load this checkout under one canonical name, and make a ComfyUI checkout importable in this process.
 
-Inside ComfyUI the pack's module name is its absolute path. Tests, benchmarks and scripts need a stable one, so they load the
-same folder as `tidetable`: `from tidetable.schedules import shift`, `from tidetable.tests.gaussians import …`.
+Inside ComfyUI the module name of the pack is its absolute path. Tests, benchmarks and scripts need a stable one: they load
+the same folder as `tidetable`: `from tidetable.schedules import shift`, `from tidetable.tests.gaussians import …`.
 """
 
 import importlib.abc
@@ -31,7 +31,7 @@ def load_checkout() -> ModuleType:
     if PACKAGE in sys.modules:
         return sys.modules[PACKAGE]
     spec = importlib.util.spec_from_file_location(PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    assert spec is not None and spec.loader is not None
+    assert spec and spec.loader
     package = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = package
     spec.loader.exec_module(package)
@@ -39,7 +39,7 @@ def load_checkout() -> ModuleType:
 
 
 def comfyui_path() -> Path | None:
-    """The ComfyUI checkout that `COMFYUI_PATH` names, or None where it is unset. Raises FileNotFoundError for a wrong one."""
+    """The ComfyUI checkout that `COMFYUI_PATH` names, or None where it is unset. FileNotFoundError for a wrong one."""
     value = os.environ.get("COMFYUI_PATH")
     if not value:
         return None
@@ -52,8 +52,8 @@ def comfyui_path() -> Path | None:
 def prepare_host(base_directory: str | os.PathLike | None = None) -> Path:
     """Make `comfy`, `nodes`, `folder_paths` … importable from COMFYUI_PATH, on the CPU where there is no CUDA.
 
-    `base_directory`: where ComfyUI shall look for models, input, output, temp and user instead of its own folder (created when
-    missing); it counts only before `folder_paths` is first imported. Returns the ComfyUI folder.
+    `base_directory`: where ComfyUI shall look for models, input, output, temp and user, not in its own folder (created
+    when missing); it counts only before `folder_paths` is first imported. Returns the ComfyUI folder.
     """
     path = comfyui_path()
     if path is None:
@@ -77,9 +77,9 @@ def prepare_host(base_directory: str | os.PathLike | None = None) -> Path:
 def tolerate_torchvision() -> None:
     """From now on let `import torchvision` succeed where its compiled operators are missing.
 
-    A CPU build of torch cannot load the operators of a CUDA build of torchvision, and torchvision refuses to import without
-    `nms`. ComfyUI uses only its transforms, so declaring the operators by name is enough. Nothing happens (and torch is not
-    imported) until somebody imports torchvision.
+    A CPU build of torch cannot load the operators of a CUDA build of torchvision, and torchvision refuses to import
+    without `nms`. ComfyUI uses only its transforms, so declaring the operators by name is enough. Nothing happens (and
+    torch is not imported) until somebody imports torchvision.
     """
     if "torchvision" not in sys.modules and not any(isinstance(finder, _TorchvisionFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TorchvisionFinder())

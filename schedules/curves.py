@@ -23,9 +23,9 @@ def log_snr_from_sigma(sigmas: Tensor, process: NoiseProcess) -> Tensor:
 
 
 def series(sigmas: Tensor, quantity: Quantity, process: NoiseProcess) -> list[float]:
-    """One number per noise level ("sigma", "t", "log_snr": [steps + 1]) or per step ("step_size": [steps], a fall in sigma).
+    """One number per noise level ("sigma", "t", "log_snr": [steps + 1]) or per step ("step_size": [steps]).
 
-    log_snr is +inf where sigma is 0 and −inf where the signal is gone.
+    step_size is how far sigma falls; log_snr is +inf where sigma is 0 and −inf where the signal is gone.
     """
     match quantity:
         case "sigma":

@@ -1,7 +1,7 @@
 """What each model family was told about noise by the people who made it, as data.
 
-Shift rules are the official ones of the released inference code; `source` says where. ComfyUI's own default for a family can
-differ (Qwen-Image: a fixed 3.158; Wan: a fixed 8) and is what a loaded MODEL has until it is patched.
+Shift rules are the official ones of the released inference code; `source` says where. ComfyUI's own default for a
+family can differ (Qwen-Image: a fixed 3.158; Wan: a fixed 8) and is what a loaded MODEL has until it is patched.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,8 @@ class Family:
     source: str
     """Where the rule's numbers were published."""
     model_classes: tuple[str, ...]
-    """ComfyUI class names: of the model's config in `comfy.supported_models`, or else of the model in `comfy.model_base`."""
+    """ComfyUI class names: of the model's config in `comfy.supported_models`, or else of the model in
+    `comfy.model_base`."""
     default_width: int = 1024
     default_height: int = 1024
 
@@ -137,7 +138,8 @@ _FAMILIES = (
         process="flow",
         multiplier=1000.0,
         rule=ByPixels(((832 * 480, 3.0), (float("inf"), 5.0))),
-        source="Wan-Video/Wan2.1, generate.py: 5, but 3 for image-to-video at 832×480; diffusers' Wan guide: 3 at 480p, 5 at 720p",
+        source="Wan-Video/Wan2.1, generate.py: 5, but 3 for image-to-video at 832×480; diffusers' Wan guide: 3 at "
+        "480p, 5 at 720p",
         model_classes=(
             "WAN21_T2V",
             "WAN21_I2V",
@@ -158,7 +160,15 @@ _FAMILIES = (
         multiplier=None,
         rule=None,
         source="Stability-AI/generative-models, configs/inference/sd_xl_base.yaml",
-        model_classes=("SDXL", "SDXLRefiner", "SSD1B", "Segmind_Vega", "KOALA_700M", "KOALA_1B", "SDXL_instructpix2pix"),
+        model_classes=(
+            "SDXL",
+            "SDXLRefiner",
+            "SSD1B",
+            "Segmind_Vega",
+            "KOALA_700M",
+            "KOALA_1B",
+            "SDXL_instructpix2pix",
+        ),
     ),
     Family(
         key="sd15",

@@ -1,15 +1,15 @@
 """What a network predicts, and how one prediction becomes another.
 
-Every prediction is linear in the clean sample and the noise: value = a·x0 + b·eps. Together with x_t = alpha·x0 + sigma·eps
-that is a 2×2 system, so one solve converts between all of them, for every process:
+Every prediction is linear in the clean sample and the noise: value = a·x0 + b·eps. Together with x_t = alpha·x0 +
+sigma·eps that is a 2×2 system, so one solve converts between all of them, for every process:
 
     eps       noise                    x0        clean sample
     v         alpha·eps − sigma·x0     velocity  eps − x0              score     −eps/sigma
 
-`v` is Salimans & Ho 2022 (arXiv:2202.00512); `velocity` is dx/dt of rectified flow (arXiv:2209.03003): a different combination.
+`v` is from Salimans & Ho 2022 (arXiv:2202.00512), `velocity` is dx/dt of rectified flow (arXiv:2209.03003).
 
-A conversion is singular where x_t and the value hold the same information: eps and score say nothing about x0 where alpha is 0,
-x0 says nothing about eps where sigma is 0. The result is then inf or nan, never a made-up number.
+A conversion is singular where x_t and the value hold the same information: eps and score say nothing about x0 where
+alpha is 0, x0 says nothing about eps where sigma is 0. The result is then inf or nan, never a made-up number.
 """
 
 from typing import Literal, get_args
@@ -57,7 +57,7 @@ def to_x0_eps(
     a, b = coefficients(kind, alpha, sigma)
     determinant = expand(a * sigma - b * alpha, x_t)
     alpha, sigma, a, b = (expand(c, x_t) for c in (alpha, sigma, a, b))
-    # A network that predicts x0 or eps has said it; solving for it again would divide 0 by 0 where the other is unknowable.
+    # What the network said outright is not solved for again: that would divide 0 by 0 where the other is unknowable.
     x0 = value if kind == "x0" else (sigma * value - b * x_t) / determinant
     eps = value if kind == "eps" else (a * x_t - alpha * value) / determinant
     return x0, eps

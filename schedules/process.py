@@ -1,7 +1,8 @@
 """Noise processes: the pair (alpha_t, sigma_t) of x_t = alpha_t·x0 + sigma_t·eps, and its inverses.
 
-Time `t` is the noise fraction: 0 is data, 1 is noise. `t` has shape () or [B] and any floating dtype (a Python number counts as
-float64); coefficients come back in that shape and dtype. Only `expand` broadcasts them against x, on the batch dimension alone.
+Time `t` is the noise fraction: 0 is data, 1 is noise. `t` has shape () or [B] and any floating dtype (a Python number
+counts as float64); coefficients come back in that shape and dtype. Only `expand` broadcasts them against x, and only on
+the batch dimension.
 """
 
 from abc import ABC, abstractmethod
@@ -27,14 +28,14 @@ def as_time(t: Tensor | float) -> Tensor:
 def expand(t: Tensor | float, x: Tensor) -> Tensor:
     """Reshape per-sample numbers of shape () or [B] to [1 or B, 1, …] so that they multiply x [B, …] sample by sample.
 
-    The dtype becomes x's, but never less than float32: noising half-precision data with half-precision coefficients loses
-    three of the four digits that a small sigma has. Raises ValueError for any other shape: a width that happens to equal B
-    must never be mistaken for the batch.
+    The dtype becomes x's, but never less than float32: a half-precision 1 − sigma cannot tell small sigmas from 0.
+    Raises ValueError for any other shape: a width that happens to equal B must never be mistaken for the batch.
     """
     t = as_time(t)
     if t.ndim > 1 or (t.ndim == 1 and t.shape[0] != x.shape[0]):
         raise ValueError(
-            f"per-sample values must have shape () or [{x.shape[0]}] for x of shape {list(x.shape)}, not {list(t.shape)}"
+            f"per-sample values must have shape () or [{x.shape[0]}] for x of shape {list(x.shape)}, "
+            f"not {list(t.shape)}"
         )
     dtype = torch.promote_types(x.dtype, torch.float32)
     return t.to(dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1))
@@ -62,7 +63,7 @@ class NoiseProcess(ABC):
         """Inverse of `log_snr`."""
 
     def ratio(self, t: Tensor | float) -> Tensor:
-        """sigma/alpha, the noise level in the variance-exploding picture (what ComfyUI calls sigma for eps and v models)."""
+        """sigma/alpha: the noise level where the signal keeps its scale, ComfyUI's sigma for eps and v models."""
         return torch.exp(-0.5 * self.log_snr(t))
 
     def t_from_ratio(self, ratio: Tensor | float) -> Tensor:
@@ -72,13 +73,15 @@ class NoiseProcess(ABC):
     def mix(self, x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
         """x_t = alpha·x0 + sigma·eps for x0, eps of shape [B, …]."""
         if x0.shape != eps.shape:
-            raise ValueError(f"x0 has shape {list(x0.shape)} but the noise has shape {list(eps.shape)}; they must be equal")
+            raise ValueError(
+                f"x0 has shape {list(x0.shape)} but the noise has shape {list(eps.shape)}; they must be equal"
+            )
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), eps) * eps
 
 
 @dataclass(frozen=True)
 class Flow(NoiseProcess):
-    """Rectified flow: alpha = 1 − t, sigma = t (Liu et al. 2022, arXiv:2209.03003; Lipman et al. 2022, arXiv:2210.02747)."""
+    """Rectified flow: alpha = 1 − t, sigma = t (Liu et al. 2022, arXiv:2209.03003)."""
 
     name: ClassVar[ProcessName] = "flow"
 
@@ -99,9 +102,9 @@ class Flow(NoiseProcess):
 class VP(NoiseProcess):
     """Variance preserving with a discrete table, alpha² + sigma² = 1 (Ho et al. 2020, arXiv:2006.11239).
 
-    t is row/(N − 1). Between rows ln(sigma/alpha) is linear in t, as in ComfyUI's ModelSamplingDiscrete; beyond the table both
-    directions stay at its ends, also as there. A last alpha_bar of exactly 0 (zero terminal SNR) is honored at t = 1, where
-    alpha is 0; inside the last interval the row counts as TERMINAL_ALPHA_BAR, ComfyUI's stand-in for it.
+    t is row/(N − 1). Between rows ln(sigma/alpha) is linear in t, as in ComfyUI's ModelSamplingDiscrete; beyond the
+    table both directions stay at its ends, also as there. A last alpha_bar of exactly 0 (zero terminal SNR) is honored
+    at t = 1, where alpha is 0; inside the last interval the row counts as TERMINAL_ALPHA_BAR, ComfyUI's stand-in.
     """
 
     alpha_bar: tuple[float, ...]
@@ -115,7 +118,8 @@ class VP(NoiseProcess):
             raise ValueError(f"alpha_bar must be a list of at least 2 numbers, not of shape {list(table.shape)}")
         if not bool((table[:-1] > table[1:]).all()) or not 0.0 <= float(table[-1]) < float(table[0]) < 1.0:
             raise ValueError(
-                f"alpha_bar must fall strictly from below 1 to 0 or above; got {float(table[0]):g} … {float(table[-1]):g}"
+                "alpha_bar must fall strictly from below 1 to 0 or above; "
+                f"got {float(table[0]):g} … {float(table[-1]):g}"
             )
         object.__setattr__(self, "alpha_bar", tuple(table.tolist()))
 
@@ -125,7 +129,7 @@ class VP(NoiseProcess):
     ) -> "VP":
         """Table of `num` betas between the ends; the defaults are Stable Diffusion's.
 
-        "scaled_linear" is linear in sqrt(beta) (ComfyUI calls it "linear"), "linear" is linear in beta ("sqrt_linear" there).
+        "scaled_linear" is linear in sqrt(beta) (ComfyUI's "linear"), "linear" is linear in beta (its "sqrt_linear").
         """
         if kind == "scaled_linear":
             betas = torch.linspace(beta_start**0.5, beta_end**0.5, num, dtype=torch.float64) ** 2

@@ -1,39 +1,47 @@
 """Time shift: where a flow model spends its steps, and how resolution moves that.
 
-`shift` is always the factor α of t ↦ α·t / (1 + (α − 1)·t) (Esser et al. 2024, arXiv:2403.03206, Eq. 23). It multiplies the odds
-t/(1 − t) by α, moves logit t by mu = ln α and the log-SNR by −2·mu. `mu` is that logarithm; neither adds to nor scales t itself.
+`shift` is always the factor α of t ↦ α·t / (1 + (α − 1)·t) (Esser et al. 2024, arXiv:2403.03206, Eq. 23). It multiplies
+the odds t/(1 − t) by α, moves logit t by mu = ln α and the log-SNR by −2·mu. `mu` is that logarithm; neither adds to
+nor scales t itself.
 """
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import overload
 
 import torch
 from torch import Tensor
 
 
-Time = TypeVar("Time", Tensor, float)
-
-
 def require_shift(shift: float) -> float:
     """`shift` if it is finite and above 0, else ValueError."""
     if not (math.isfinite(shift) and shift > 0.0):
-        raise ValueError(f"shift must be a finite number above 0, got {shift}; 1 means no shift, official values are 1 to 12")
+        raise ValueError(
+            f"shift must be a finite number above 0, got {shift}; 1 means no shift, official values are 1 to 12"
+        )
     return shift
 
 
-def shift_t(t: Time, shift: Tensor | float) -> Time:
+@overload
+def shift_t(t: float, shift: float) -> float: ...
+@overload
+def shift_t(t: Tensor, shift: Tensor | float) -> Tensor: ...
+def shift_t(t: Tensor | float, shift: Tensor | float) -> Tensor | float:
     """t ↦ shift·t / (1 + (shift − 1)·t) for t in [0, 1]; keeps 0 and 1. A tensor `shift` must broadcast with t."""
     if not isinstance(shift, Tensor):
         require_shift(shift)
     return shift * t / (1 + (shift - 1) * t)
 
 
-def unshift_t(t: Time, shift: Tensor | float) -> Time:
+@overload
+def unshift_t(t: float, shift: float) -> float: ...
+@overload
+def unshift_t(t: Tensor, shift: Tensor | float) -> Tensor: ...
+def unshift_t(t: Tensor | float, shift: Tensor | float) -> Tensor | float:
     """Inverse of `shift_t`, which is a shift by 1/shift."""
     if not isinstance(shift, Tensor):
         require_shift(shift)
-    return shift_t(t, 1.0 / shift)
+    return t / (shift + (1 - shift) * t)
 
 
 def shift_from_mu(mu: float) -> float:
@@ -41,7 +49,9 @@ def shift_from_mu(mu: float) -> float:
     try:
         return require_shift(math.exp(mu))
     except (OverflowError, ValueError):
-        raise ValueError(f"mu must be a finite number of moderate size, got {mu}; official values are 0 to 2.5") from None
+        raise ValueError(
+            f"mu must be a finite number of moderate size, got {mu}; official values are 0 to 2.5"
+        ) from None
 
 
 def mu_from_shift(shift: float) -> float:
@@ -87,7 +97,7 @@ def log_area_mu(width: int, height: int, base: float = 1024 * 1024) -> float:
 def stretch_terminal(sigmas: Tensor, terminal: float) -> Tensor:
     """Stretch flow sigmas [N], descending, so that the last one above 0 is `terminal`; 1 stays 1 and a final 0 stays 0.
 
-    1 − sigma' = (1 − sigma)·(1 − terminal)/(1 − sigma_last), as in diffusers' FlowMatchEulerDiscreteScheduler (`shift_terminal`).
+    1 − sigma' = (1 − sigma)·(1 − terminal)/(1 − sigma_last): `shift_terminal` of diffusers' FlowMatchEulerDiscrete.
     """
     positive = sigmas[sigmas > 0.0]
     if not 0.0 < terminal < 1.0 or len(positive) == 0 or positive[-1] >= 1.0:

@@ -1,8 +1,8 @@
 """Steps to sigmas: which noise levels a sampler visits.
 
-Every spacing is a function (grid, steps) -> float64 [steps + 1], falling from the grid's largest sigma to a final 0. Register a
-new one in SPACINGS. Where ComfyUI has a scheduler of the same name the numbers are the same, except that a step is never
-dropped: asking for n steps gives n.
+Every spacing is a function (grid, steps) -> float64 [steps + 1], falling from the grid's largest sigma to a final 0.
+Register a new one in SPACINGS. Where ComfyUI has a scheduler of the same name the numbers are the same, except that a
+step is never dropped: asking for n steps gives n.
 """
 
 import math
@@ -54,7 +54,7 @@ def _with_zero(sigmas: Tensor) -> Tensor:
 
 
 def trailing(grid: NoiseGrid, steps: int) -> Tensor:
-    """Equal steps in t from 1: t = 1 − i/steps (Lin et al. 2023, arXiv:2305.08891, Table 2, without the rounding to rows)."""
+    """Equal steps in t from 1: t = 1 − i/steps (Lin et al. 2023, arXiv:2305.08891, Table 2, not rounded to rows)."""
     return _with_zero(grid.sigma_of_t(1.0 - torch.arange(steps, dtype=torch.float64) / steps))
 
 
@@ -66,14 +66,16 @@ def simple(grid: NoiseGrid, steps: int) -> Tensor:
 
 
 def karras(grid: NoiseGrid, steps: int, rho: float = 7.0) -> Tensor:
-    """sigma^(1/rho) linear between the ends (Karras et al. 2022, arXiv:2206.00364, Eq. 5). Made for eps and v models: on flow
-    it ignores the shift and spends half of the steps below sigma 0.07."""
+    """sigma^(1/rho) linear between the ends (Karras et al. 2022, arXiv:2206.00364, Eq. 5).
+
+    Made for eps and v models: on flow it ignores the shift and spends half of the steps below sigma 0.07.
+    """
     high, low = float(grid.sigmas[-1]) ** (1.0 / rho), float(grid.sigmas[0]) ** (1.0 / rho)
     return _with_zero(torch.linspace(high, low, steps, dtype=torch.float64) ** rho)
 
 
 def exponential(grid: NoiseGrid, steps: int) -> Tensor:
-    """ln sigma linear between the ends: equal steps in log-SNR for eps and v models. As little suited to flow as `karras`."""
+    """ln sigma linear between the ends: equal steps in log-SNR for eps and v models; for flow no better than karras."""
     high, low = math.log(float(grid.sigmas[-1])), math.log(float(grid.sigmas[0]))
     return _with_zero(torch.linspace(high, low, steps, dtype=torch.float64).exp())
 
@@ -81,8 +83,8 @@ def exponential(grid: NoiseGrid, steps: int) -> Tensor:
 def beta(grid: NoiseGrid, steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
     """Rows at quantiles of Beta(a, b): dense at both ends (Lee et al. 2024, arXiv:2407.12173).
 
-    Rounded to rows as in ComfyUI's "beta" while the rows differ; where rounding would merge two steps the quantiles are used
-    as they are, instead of dropping one.
+    Rounded to rows as in ComfyUI's "beta" while the rows differ; where rounding would merge two steps the quantiles are
+    used as they are, instead of dropping one.
     """
     from scipy.stats import beta as beta_distribution
 
@@ -113,17 +115,21 @@ SPACINGS: dict[str, Callable[[NoiseGrid, int], Tensor]] = {
 def schedule(grid: NoiseGrid, spacing: str, steps: int, denoise: float = 1.0) -> Tensor:
     """Sigmas of exactly `steps` steps, float64 [steps + 1], strictly falling to 0.
 
-    `denoise` in (0, 1]: below 1 these are the last steps of a schedule of int(steps/denoise) steps, as in ComfyUI. Raises
-    ValueError for anything else, and where the grid has too few levels for that many steps.
+    `denoise` in (0, 1]: below 1 these are the last steps of a schedule of int(steps/denoise) steps, as in ComfyUI.
+    Raises ValueError for anything else, and where the grid has too few levels for that many steps.
     """
     require_steps(steps)
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}; use one of {', '.join(SPACINGS)}")
     if not 0.0 < denoise <= 1.0:
-        raise ValueError(f"denoise must be above 0 and at most 1, got {denoise}; 1 starts from pure noise, 0 would change nothing")
+        raise ValueError(
+            f"denoise must be above 0 and at most 1, got {denoise}; 1 starts from pure noise, 0 would change nothing"
+        )
     total = int(steps / denoise)
     if total > 1_000_000:
-        raise ValueError(f"{steps} steps at denoise {denoise} are the end of a schedule of {total} steps; raise denoise")
+        raise ValueError(
+            f"{steps} steps at denoise {denoise} are the end of a schedule of {total} steps; raise denoise"
+        )
     sigmas = tail_for_denoise(SPACINGS[spacing](grid, total), steps)
     if not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError(

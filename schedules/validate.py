@@ -17,15 +17,16 @@ def require_steps(steps: int) -> int:
 def require_sigmas(sigmas: Tensor, name: str = "sigmas", strict: bool = True) -> Tensor:
     """`sigmas` as a float64 CPU tensor [steps + 1], or ValueError saying what is wrong with it and where.
 
-    Legal: one dimension, at least two finite numbers, none negative, each below the one before. `strict=False` also accepts
-    equal neighbors, which are harmless to look at but useless to sample.
+    Legal: one dimension, at least two finite numbers, none negative, each below the one before. `strict=False` also
+    accepts equal neighbors, which are harmless to look at but useless to sample.
     """
     if not isinstance(sigmas, Tensor) or sigmas.ndim != 1:
         shape = f"a tensor of shape {list(sigmas.shape)}" if isinstance(sigmas, Tensor) else type(sigmas).__name__
         raise ValueError(f"{name} must be a one-dimensional tensor of noise levels (SIGMAS), got {shape}")
     if len(sigmas) < 2:
         raise ValueError(
-            f"{name} has {len(sigmas)} value(s), so no step; a schedule needs at least 2 (was denoise 0, or the split at an end?)"
+            f"{name} has {len(sigmas)} value(s), so no step; a schedule needs at least 2 (was denoise 0, "
+            "or the split at an end?)"
         )
     sigmas = sigmas.detach().to(device="cpu", dtype=torch.float64)
     bad = ~torch.isfinite(sigmas)

@@ -26,6 +26,31 @@ def in_ci() -> bool:
     return os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 
+@pytest.fixture(scope="session")
+def comfy_server():
+    """A real ComfyUI server with the pack in it, shared by all tests of the session."""
+    from devtools.server import Server
+
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def client(comfy_server):
+    """A new connection to the shared server."""
+    from devtools.client import Client
+
+    return Client(comfy_server.base_url)
+
+
+@pytest.fixture(scope="session")
+def object_info(comfy_server):
+    """The server's definitions of all nodes, by id."""
+    from devtools.client import Client
+
+    return Client(comfy_server.base_url).object_info()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if HOST is None:
         if in_ci():

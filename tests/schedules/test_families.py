@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tidetable.schedules.families import FAMILIES, family_of, official_shift
 from tidetable.schedules.process import VP, Flow
 

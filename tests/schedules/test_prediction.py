@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from tidetable.schedules.prediction import PREDICTIONS, coefficients, convert, denoised, target, to_x0_eps
 from tidetable.schedules.process import VE, VP, Flow
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tidetable.schedules.process import VE, VP, Flow, expand
 
 
@@ -83,7 +84,7 @@ def test_dtype_and_shape_of_time_are_kept(process, dtype, shape):
 @pytest.mark.parametrize("dims", [3, 4, 5])
 def test_mix_treats_each_sample_alone(process, dims):
     batch = 4
-    shape = (batch, 2, 3, 5, batch)[: dims - 1] + (batch,)  # the width equals the batch
+    shape = (batch, *(2, 3, 5)[: dims - 2], batch)  # the width equals the batch
     generator = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     t = grid(batch)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tidetable.schedules.process import Flow
 from tidetable.schedules.shift import (
     MuLine,

@@ -1,4 +1,4 @@
-"""Spacings: exact step counts, ends, and closed forms. Parity with ComfyUI's own is in tests/host/test_model_sampling.py."""
+"""Spacings: exact step counts, ends, closed forms. (Parity with ComfyUI's: tests/host/test_schedules_nodes.py.)"""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tidetable.schedules.edit import tail_for_denoise
 from tidetable.schedules.process import VP
 from tidetable.schedules.shift import shift_t

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tidetable.schedules.curves import QUANTITIES, series
 from tidetable.schedules.process import VP, Flow
 from tidetable.schedules.shift import shift_t

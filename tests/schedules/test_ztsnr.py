@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tidetable.schedules.process import VP
 from tidetable.schedules.ztsnr import TERMINAL_ALPHA_BAR, rescale_zero_terminal_snr
 

@@ -1,0 +1,49 @@
+"""Adapter factors to and from the names that ComfyUI's own loader understands for every architecture.
+
+`diffusion_model.<module path>.lora_up.weight`, `.lora_down.weight` and `.alpha` (comfy/lora.py loads these for U-Nets and DiTs
+alike). alpha is always written: without it loaders assume lora_alpha = rank.
+"""
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_patcher
+import torch
+from torch import Tensor
+
+from ..training.adapters import LoRANetwork
+
+
+class LoRAModel(dict[str, Tensor]):
+    """ComfyUI's LORA_MODEL, a state dict, with the metadata of the run that made it."""
+
+    metadata: dict[str, str]
+
+    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
+        super().__init__(tensors)
+        self.metadata = metadata
+
+
+def to_lora_model(network: LoRANetwork, metadata: dict[str, str]) -> LoRAModel:
+    """The trained adapter as LORA_MODEL: fp32, on the CPU, independent of the training run."""
+    tensors: dict[str, Tensor] = {}
+    with torch.inference_mode(False):
+        for name, down, up, lora_alpha in network.factors():
+            prefix = f"diffusion_model.{name}"
+            tensors[f"{prefix}.lora_down.weight"] = down
+            tensors[f"{prefix}.lora_up.weight"] = up
+            tensors[f"{prefix}.alpha"] = torch.tensor(lora_alpha)
+    return LoRAModel(tensors, metadata)
+
+
+def apply_lora(
+    patcher: comfy.model_patcher.ModelPatcher, lora: dict[str, Tensor], strength: float = 1.0
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone with the LoRA added by the stock loader's own path. Raises where any adapter found no layer."""
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys)
+    clone = patcher.clone()
+    added = clone.add_patches(patches, strength)
+    wanted = sum(name.endswith(".lora_up.weight") for name in lora)
+    if len(added) != wanted:
+        raise ValueError(f"{wanted - len(added)} of {wanted} adapters match no layer of this model: it is another architecture")
+    return clone

@@ -1,0 +1,211 @@
+"""The two plots: schedules side by side, and the course of a training run. Numbers in, IMAGE out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..schedules.curves import QUANTITIES as QUANTITIES
+from ..schedules.curves import Quantity, series
+from ..schedules.process import VP, Flow, NoiseProcess
+from ..schedules.validate import require_sigmas
+from .canvas import COLORS, DASHES, MAX_SIDE, MIN_SIDE, Figure, Line, Panel
+from .images import to_image_tensor
+
+
+__all__ = ["MAX_SIDE", "MIN_SIDE", "PROCESSES", "QUANTITIES", "Y_AXES", "plot_schedules", "plot_training"]
+
+PROCESSES = ("auto", "flow", "vp")
+Y_AXES = ("auto", "linear", "log")
+PALE_BLUE = "#9CC6DE"
+MAX_LABEL, SHOWN_LABEL = 200, 60
+_TITLES: dict[Quantity, tuple[str, str]] = {
+    "sigma": ("Noise levels", "sigma, the noise level (no unit)"),
+    "t": ("Time", "t, the noise fraction (0 = data, 1 = noise)"),
+    "log_snr": ("Signal-to-noise ratio", "log-SNR = ln(alpha^2 / sigma^2) (nats)"),
+    "step_size": ("Step sizes", "step size, the fall in sigma per step (no unit)"),
+}
+
+
+def plot_schedules(
+    schedules: Mapping[str, Any], quantity: Quantity, process: str, y_axis: str, width: int, height: int
+) -> torch.Tensor:
+    """IMAGE of one curve per schedule over the step number.
+
+    `schedules` has "sigmas_1" … with "label_1" … beside them; missing sigmas are skipped, missing labels named after
+    the input. `process` says how t and log-SNR follow from sigma: "auto" is flow where no sigma exceeds 1, else vp.
+    """
+    _require_choice("quantity", quantity, QUANTITIES)
+    _require_choice("process", process, PROCESSES)
+    _require_choice("y_axis", y_axis, Y_AXES)
+    given = {name: sigmas for name, sigmas in schedules.items() if name.startswith("sigmas_") and sigmas is not None}
+    if not given:
+        raise ValueError("nothing to plot: connect SIGMAS to sigmas_1, for example from Schedule (Tidetable_Schedule)")
+    lines, notes = [], []
+    for index, (name, sigmas) in enumerate(given.items()):
+        sigmas = require_sigmas(sigmas, name, strict=False)
+        label = _label(schedules.get(name.replace("sigmas_", "label_")), name)
+        noise = _process_for(sigmas, process)
+        values = series(sigmas, quantity, noise)
+        title = f"{label} ({_count(len(sigmas) - 1, 'step')}"
+        title += f", {_process_name(noise)})" if quantity in ("t", "log_snr") else ")"
+        # Steps are counted from 1; noise levels stand before, between and after them.
+        first = 1 if quantity == "step_size" else 0
+        style = {"color": COLORS[index % len(COLORS)], "dash": DASHES[index % len(DASHES)], "dots": len(values) <= 61}
+        lines.append(Line(range(first, first + len(values)), values, label=title, width=2.2, **style))
+    log = _use_log(lines, quantity, y_axis)
+    if hidden := sum(not math.isfinite(y) or (log and y <= 0.0) for line in lines for y in line.y):
+        what = (
+            "infinite log-SNR (sigma 0, or pure noise)" if quantity == "log_snr" else "0, which a log axis cannot show"
+        )
+        notes.append(f"Not drawn: {_count(hidden, 'point')} at {what}.")
+    title, unit = _TITLES[quantity]
+    figure = Figure([Panel(unit, lines, log)], "sampling step", f"{title} per sampling step", notes, width, height)
+    return to_image_tensor(figure.image)
+
+
+def plot_training(loss_map: Mapping[str, Any], width: int, height: int) -> torch.Tensor:
+    """IMAGE of a LOSS_MAP: loss and validation, and below them learning rate and gradient norm if they were recorded.
+
+    Core's plain {"loss": […]} is enough; numbers may be Python's or 0-d tensors. A running mean stands in for missing
+    smoothed losses.
+    """
+    if not isinstance(loss_map, Mapping) or "loss" not in loss_map:
+        raise ValueError(
+            f'expected a LOSS_MAP with a list "loss", as a training node returns it, got {_kind(loss_map)}'
+        )
+    loss = _numbers(loss_map, "loss")
+    if not loss:
+        raise ValueError("the LOSS_MAP holds no losses: no training step was finished")
+    steps = range(1, len(loss) + 1)
+    panels = [Panel("loss per training step (no unit)", _loss_lines(loss_map, loss, steps), _wide(loss), share=3.0)]
+    for key, title, color in (
+        ("lr", "learning rate (per step)", COLORS[2]),
+        ("grad_norm", "gradient norm before clipping", COLORS[4]),
+    ):
+        if values := _numbers(loss_map, key):
+            _require_length(key, values, len(loss))
+            panels.append(Panel(title, [Line(steps, values, color, width=1.6)], key == "grad_norm" and _wide(values)))
+    notes = []
+    if broken := sum(not math.isfinite(value) for value in loss):
+        notes.append(
+            f"{broken} of {len(loss)} losses are not finite numbers and are left as gaps: the run became unstable."
+        )
+    figure = Figure(panels, "training step", f"Training: {_count(len(loss), 'step')}", notes, width, height)
+    return to_image_tensor(figure.image)
+
+
+def _loss_lines(loss_map: Mapping[str, Any], loss: list[float], steps: range) -> list[Line]:
+    """The first panel: every loss (pale once there is a smooth curve over it), then validation."""
+    smooth, name = _numbers(loss_map, "loss_smoothed"), "loss, smoothed"
+    if smooth:
+        _require_length("loss_smoothed", smooth, len(loss))
+    elif len(loss) >= 20:
+        window = max(5, len(loss) // 20)
+        smooth, name = _running_mean(loss, window), f"loss, mean of the last {window} steps"
+    lines = [
+        Line(steps, loss, PALE_BLUE if smooth else COLORS[0], "loss", width=1.2 if smooth else 2.2, dots=len(loss) < 20)
+    ]
+    if smooth:
+        lines.append(Line(steps, smooth, COLORS[0], f"{name} (end {_last(smooth)})", width=2.4))
+    at, validation = _numbers(loss_map, "validation_steps"), _numbers(loss_map, "validation_loss")
+    _require_length("validation_loss", validation, len(at), "validation_steps")
+    if validation:
+        lines.append(
+            Line(at, validation, COLORS[1], f"validation loss (end {_last(validation)})", width=2.4, dots=True)
+        )
+    if loss_map.get("validation_base") is not None:
+        base = _number(loss_map["validation_base"], "validation_base")
+        ends = [min(steps[0], *at, steps[0]), max(steps[-1], *at, steps[-1])]
+        lines.append(Line(ends, [base, base], COLORS[1], f"validation before training ({base:.4g})", 1.6, DASHES[1]))
+    return lines
+
+
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Mean of the last `window` finite values; nan where there is none."""
+    means = []
+    for end in range(1, len(values) + 1):
+        recent = [value for value in values[max(0, end - window) : end] if math.isfinite(value)]
+        means.append(math.fsum(recent) / len(recent) if recent else math.nan)
+    return means
+
+
+def _last(values: Sequence[float]) -> str:
+    return f"{next((value for value in reversed(values) if math.isfinite(value)), math.nan):.4g}"
+
+
+def _numbers(loss_map: Mapping[str, Any], key: str) -> list[float]:
+    """The list under `key` as floats; empty where there is none."""
+    values = loss_map.get(key)
+    if values is None:
+        return []
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError(f"LOSS_MAP's {key} must be a list of numbers, got {_kind(values)}")
+    return [_number(value, key) for value in values]
+
+
+def _number(value: Any, key: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"LOSS_MAP's {key} must hold numbers, got {_kind(value)}") from None
+
+
+def _kind(value: Any) -> str:
+    """What something is, for an error message."""
+    if isinstance(value, Mapping):
+        return f"a dict with {', '.join(map(repr, list(value)[:5])) or 'nothing'}"
+    return type(value).__name__
+
+
+def _require_length(key: str, values: Sequence[float], length: int, other: str = "loss") -> None:
+    if len(values) != length:
+        raise ValueError(f"LOSS_MAP's {key} has {len(values)} values but {other} has {length}; they must be as many")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _label(label: str | None, name: str) -> str:
+    """Legend text of a schedule: its label on one line, or the input's name."""
+    label = " ".join((label or "").split()) or name
+    if len(label) > MAX_LABEL:
+        raise ValueError(f"{name.replace('sigmas_', 'label_')} has {len(label)} characters; use at most {MAX_LABEL}")
+    return label if len(label) <= SHOWN_LABEL else f"{label[: SHOWN_LABEL - 3]}..."
+
+
+def _process_for(sigmas: torch.Tensor, process: str) -> NoiseProcess:
+    """The named process; "vp" is Stable Diffusion's table, with zero terminal SNR where the sigmas go beyond it."""
+    highest = float(sigmas[0])
+    if process == "flow" and highest > 1.0 + 1e-6:
+        raise ValueError(f"sigma {highest:g} is no flow noise level, which are 0 to 1; use process vp or auto")
+    if process == "flow" or (process == "auto" and highest <= 1.0 + 1e-6):
+        return Flow()
+    table = VP.from_betas()
+    return table if highest <= float(table.ratio(1.0)) * 1.001 else table.zero_terminal()
+
+
+def _process_name(process: NoiseProcess) -> str:
+    if isinstance(process, VP) and process.alpha_bar[-1] == 0.0:
+        return "vp, zero terminal SNR"
+    return process.name
+
+
+def _use_log(lines: Sequence[Line], quantity: Quantity, y_axis: str) -> bool:
+    """Auto: a log axis for sigmas beyond flow's 0 to 1, which span decades."""
+    if quantity == "log_snr":
+        return False
+    return y_axis == "log" or (y_axis == "auto" and quantity != "t" and any(max(line.y) > 2.0 for line in lines))
+
+
+def _wide(values: Sequence[float]) -> bool:
+    """Whether positive values span more than two decades."""
+    finite = [value for value in values if math.isfinite(value)]
+    return bool(finite) and min(finite) > 0.0 and max(finite) > 100.0 * min(finite)

@@ -1,0 +1,74 @@
+"""A training run's events on their way to the user: ComfyUI's progress bar, the page, and the cancel button on its way back."""
+
+import sys
+import time
+
+import comfy.model_management
+import comfy.utils
+from comfy_execution.utils import get_executing_context
+
+from ..training.events import Event, StepDone, Validated
+
+EVENT = "tidetable.train"
+SECONDS_BETWEEN_EVENTS = 0.2
+
+
+class TrainingReporter:
+    """Consumes the engine's events; raises ComfyUI's own exception when the user has cancelled."""
+
+    def __init__(self, steps: int, node_id: str | None):
+        self.bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+        self.node_id = node_id
+        context = get_executing_context()
+        self.prompt_id = context.prompt_id if context else None
+        self.started = time.monotonic()
+        self.last_sent = 0.0
+        self.losses: list[float] = []
+        self.learning_rates: list[float] = []
+        self.grad_norms: list[float] = []
+        self.validations: list[Validated] = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Validated):
+            self.validations.append(event)
+            self._send({"step": event.step, "validation_loss": event.loss})
+        else:
+            self.losses.append(event.loss)
+            self.learning_rates.append(event.learning_rate)
+            self.grad_norms.append(event.grad_norm)
+            self.bar.update_absolute(event.step, event.steps)
+            self._send_step(event)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def loss_map(self) -> dict[str, list[float] | list[int] | float]:
+        """ComfyUI's LOSS_MAP, with more series than core's for plots that know them."""
+        series: dict[str, list[float] | list[int] | float] = {
+            "loss": self.losses,
+            "lr": self.learning_rates,
+            "grad_norm": self.grad_norms,
+        }
+        if self.validations:
+            series["validation_steps"] = [event.step for event in self.validations]
+            series["validation_loss"] = [event.loss for event in self.validations]
+            series["validation_base"] = self.validations[0].loss
+        return series
+
+    def _send_step(self, event: StepDone) -> None:
+        now = time.monotonic()
+        if now - self.last_sent < SECONDS_BETWEEN_EVENTS and event.step < event.steps:
+            return
+        self.last_sent = now
+        self._send({
+            "step": event.step,
+            "steps": event.steps,
+            "loss": event.loss,
+            "lr": event.learning_rate,
+            "grad_norm": event.grad_norm,
+            "seconds": now - self.started,
+        })
+
+    def _send(self, payload: dict) -> None:
+        # Looked up, not imported: in a script or a test there is no server, and importing it would start half of one.
+        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        if server is not None and self.node_id is not None:
+            server.send_sync(EVENT, {"node": self.node_id, "prompt_id": self.prompt_id, **payload})

@@ -1,0 +1,245 @@
+"""A ComfyUI MODEL as something that can be trained: ComfyUI's own network, noise process, conditioning and memory management.
+
+Nodes run in inference mode, whose tensors cannot take part in a backward pass. A training session leaves that mode, gives every
+weight a differentiable view of the same memory, and puts the original objects back at the end, whatever happens in between.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from torch import Tensor, nn
+
+from ..schedules.process import VP
+from ..training.data import Dataset
+from .process import prediction_of, process_of, shift_of
+
+UNSUPPORTED_CONDITIONING = ("control", "area", "mask", "hooks", "gligen", "start_percent", "end_percent", "concat_latent_image")
+"""Conditioning options that mean something only while sampling; a sample that carries one is refused, not misread."""
+OUT_OF_PLACE_CLASSES = ("UNetModel", "MMDiT", "OpenAISignatureMMDITWrapper", "QwenImageTransformer2DModel", "NextDiT", "WanModel")
+"""Networks without in-place residuals (gradients checked in float64: reference/seams-runtime.md, 2.3)."""
+
+Row = dict[str, Tensor | object]
+
+
+class ComfyDenoiser:
+    """`training.protocols.TrainableDenoiser` over a loaded ComfyUI model. Made by `training_session`."""
+
+    def __init__(self, patcher: comfy.model_patcher.ModelPatcher):
+        self.real = patcher.model
+        self.device = patcher.load_device
+        sampling = self.real.model_sampling
+        process, prediction = process_of(sampling), prediction_of(sampling)
+        if process is None or prediction is None or float(getattr(sampling, "noise_scale", 1.0)) != 1.0:
+            classes = ", ".join(cls.__name__ for cls in type(sampling).__mro__[1:3])
+            raise ValueError(
+                f"a model with this sampling ({classes}) cannot be trained here: "
+                "supported are eps, v and x0 models with a discrete schedule, and flow models without noise scaling"
+            )
+        self.process, self.prediction, self.shift = process, prediction, shift_of(sampling)
+        network = type(self.real.diffusion_model).__name__
+        self._in_place = network not in OUT_OF_PLACE_CLASSES
+
+    def snap(self, t: Tensor) -> Tensor:
+        """Table rows for discrete models, t itself for flow models."""
+        if isinstance(self.process, VP):
+            last = len(self.process.alpha_bar) - 1
+            return (t * last).round() / last
+        return t
+
+    def gradient_context(self) -> AbstractContextManager:
+        # Flux-type blocks add residuals in place to tensors that backward needs.
+        return torch.autograd.graph.allow_mutation_on_saved_tensors() if self._in_place else nullcontext()
+
+    def predict(self, x_t: Tensor, t: Tensor, conditions: Sequence[Row]) -> Tensor:
+        """Native prediction for x_t [B, C, ...] at t [B]. Rows whose conditionings have one shape share a forward pass."""
+        signatures = [_signature(row) for row in conditions]
+        if len(set(signatures)) == 1:
+            return self._forward(x_t, t, conditions)
+        out: list[Tensor | None] = [None] * len(conditions)
+        for signature in dict.fromkeys(signatures):
+            rows = [i for i, other in enumerate(signatures) if other == signature]
+            part = self._forward(x_t[rows], t[rows], [conditions[i] for i in rows])
+            for place, row in enumerate(rows):
+                out[row] = part[place]
+        return torch.stack([row for row in out if row is not None])
+
+    def _forward(self, x_t: Tensor, t: Tensor, conditions: Sequence[Row]) -> Tensor:
+        # ComfyUI's eps and v models live in the variance-exploding picture, x / alpha, with sigma = the noise-to-signal ratio.
+        if isinstance(self.process, VP):
+            sigma = self.process.ratio(t).float().to(x_t.device)
+            x_host = x_t / self.process.alpha(t).to(x_t).reshape(-1, *[1] * (x_t.ndim - 1))
+        else:
+            sigma, x_host = t.float().to(x_t.device), x_t
+        captured: list[Tensor] = []
+        hook = self.real.diffusion_model.register_forward_hook(lambda module, args, output: captured.append(output))
+        try:
+            options = {"optimized_attention_override": differentiable_attention, "sigmas": sigma}
+            self.real.apply_model(x_host, sigma, transformer_options=options, **_collate(conditions))
+        finally:
+            hook.remove()
+        return captured[-1].float()
+
+    def condition(self, conditioning: list, latent: Tensor) -> Row:
+        """One CONDITIONING of a node and its latent [C, ...] to what `predict` takes: the model's own conds for one row."""
+        if len(conditioning) != 1:
+            raise ValueError(
+                f"a training sample needs one conditioning, this one has {len(conditioning)} entries: "
+                "connect CLIPTextEncode directly, without Conditioning (Combine) or area nodes"
+            )
+        cross_attn, options = conditioning[0]
+        found = [name for name in UNSUPPORTED_CONDITIONING if options.get(name) is not None]
+        if found:
+            raise ValueError(f"a training conditioning cannot carry {', '.join(found)}: connect CLIPTextEncode directly")
+        noise = latent[None]
+        arguments = {
+            **{key: _own(value, self.device) for key, value in options.items()},
+            "cross_attn": _own(cross_attn, self.device),
+            "noise": noise,
+            "latent_image": noise,
+            "device": self.device,
+            "prompt_type": "positive",
+        }
+        arguments.setdefault("width", latent.shape[-1] * 8)
+        arguments.setdefault("height", latent.shape[-2] * 8)
+        conds = self.real.extra_conds(**arguments)
+        return {key: _own(value.process_cond(batch_size=1, area=None).cond, self.device) for key, value in conds.items()}
+
+    def latent(self, sample: Tensor) -> Tensor:
+        """A VAE's latent [C, ...] to the space of the network, in fp32 on its device. Raises where the channels differ."""
+        wanted = self.real.latent_format.latent_channels
+        if sample.shape[0] != wanted:
+            raise ValueError(
+                f"the latents have {sample.shape[0]} channels but this model's have {wanted}: "
+                "encode the images with the VAE that belongs to the model"
+            )
+        if not torch.isfinite(sample).all():
+            raise ValueError("a latent contains nan or inf: look at the image it came from, or use a VAE in fp32")
+        sample = _own(sample, self.device).float()
+        if getattr(self.real.latent_format, "latent_dimensions", 2) == 3 and sample.ndim == 3:
+            sample = sample[:, None]
+        return self.real.process_latent_in(sample[None])[0]
+
+    def dataset(self, samples: Sequence[Tensor], conditionings: Sequence[list], empty: list | None = None) -> Dataset:
+        """Node-level latents and conditionings, paired one to one (or one conditioning for all), as the engine's data set."""
+        if len(conditionings) == 1:
+            conditionings = list(conditionings) * len(samples)
+        if len(samples) != len(conditionings):
+            raise ValueError(
+                f"{len(samples)} latents but {len(conditionings)} conditionings: connect one for each latent, or a single one"
+            )
+        latents = [self.latent(sample) for sample in samples]
+        with torch.no_grad():
+            rows = [self.condition(c, latent) for c, latent in zip(conditionings, latents, strict=True)]
+            empty_row = self.condition(empty, latents[0]) if empty is not None else None
+        return Dataset(latents, rows, empty_row)
+
+
+@contextmanager
+def training_session(
+    patcher: comfy.model_patcher.ModelPatcher, memory_required: float = 0
+) -> Iterator[ComfyDenoiser]:
+    """Load the model fully, make it differentiable in place, and leave it exactly as it was found."""
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+        patcher = plain_patcher(patcher)
+        comfy.model_management.load_models_gpu([patcher], memory_required=memory_required, force_full_load=True)
+        stack.enter_context(thawed(patcher.model))
+        stack.enter_context(_training_flag())
+        yield ComfyDenoiser(patcher)
+
+
+def plain_patcher(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """The patcher itself, or on builds with dynamic VRAM a clone whose weights are ordinary resident tensors."""
+    if getattr(patcher, "is_dynamic", lambda: False)():
+        return patcher.clone(disable_dynamic=True)
+    return patcher.clone()
+
+
+@contextmanager
+def thawed(model: nn.Module) -> Iterator[None]:
+    """Swap inference tensors for ordinary ones on the same memory, and freeze every parameter; undo both at the end.
+
+    An entry that somebody else replaced meanwhile (unloading a patched model puts the clean weights back) is left alone:
+    restoring it would write the patched weights into the base model for good.
+    """
+    swapped: list[tuple[dict, str, Tensor, Tensor]] = []
+    frozen: list[Tensor] = []
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if tensor.is_inference():
+                    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                    view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+                    new = nn.Parameter(view, requires_grad=False) if table is module._parameters else view
+                    swapped.append((table, name, tensor, new))
+                elif tensor.requires_grad and tensor.is_leaf:
+                    frozen.append(tensor.requires_grad_(False))
+    try:
+        for table, name, _, new in swapped:
+            table[name] = new
+        yield
+    finally:
+        for table, name, old, new in swapped:
+            if table.get(name) is new:
+                table[name] = old
+        for tensor in frozen:
+            tensor.requires_grad_(True)
+
+
+@contextmanager
+def _training_flag() -> Iterator[None]:
+    """Newer ComfyUI uses fused kernels without a backward pass unless its `in_training` says otherwise."""
+    management = comfy.model_management
+    if not hasattr(management, "in_training"):
+        yield
+        return
+    before = management.in_training
+    management.in_training = True
+    try:
+        yield
+    finally:
+        management.in_training = before
+
+
+def differentiable_attention(func, *args, **kwargs):
+    """Attention override: torch's own, which has a backward pass, in place of whatever backend is configured."""
+    del func
+    return attention_pytorch(*args, **kwargs)
+
+
+def _own(value, device: torch.device):
+    """A copy outside inference mode, on the device; anything but tensors (and lists of them) passes through."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, list) and any(isinstance(item, Tensor) for item in value):
+        return [_own(item, device) for item in value]
+    return value
+
+
+def _signature(row: Row) -> tuple:
+    def describe(value):
+        if isinstance(value, Tensor):
+            return tuple(value.shape), value.dtype
+        if isinstance(value, list):
+            return tuple(describe(item) for item in value)
+        return repr(value)
+
+    return tuple((key, describe(value)) for key, value in sorted(row.items()))
+
+
+def _collate(rows: Sequence[Row]) -> Row:
+    """Rows of one signature to a batch: tensors along the first dimension, constants once."""
+
+    def join(values: list):
+        if isinstance(values[0], Tensor):
+            return torch.cat(values)
+        if isinstance(values[0], list):
+            return [join([value[i] for value in values]) for i in range(len(values[0]))]
+        return values[0]
+
+    return {key: join([row[key] for row in rows]) for key in rows[0]}

@@ -1,0 +1,144 @@
+"""The training node's work: node-level inputs to a `Trainer`, its events to the user, its result to MODEL and LORA_MODEL."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import comfy.model_management
+import comfy.model_patcher
+from torch import Tensor
+
+from ..training.adapters import LoRANetwork, select_targets
+from ..training.config import LoRAConfig, TrainConfig
+from ..training.data import Dataset
+from ..training.engine import Trainer
+from .lora_keys import LoRAModel, apply_lora, to_lora_model
+from .paths import save_lora
+from .progress import TrainingReporter
+from .trainable import ComfyDenoiser, training_session
+
+logger = logging.getLogger(__name__)
+MEMORY_FACTOR = 4.0
+"""Activations kept for the backward pass, relative to what ComfyUI estimates for a forward pass."""
+RESCUE_PREFIX = "tidetable/unfinished"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the node was connected to."""
+
+    latents: Sequence[dict]
+    positive: Sequence[list]
+    negative: list | None = None
+    """The empty conditioning for caption dropout."""
+    validation_percent: int = 0
+    """Share of the samples that is held out for validation, 0 to 50."""
+
+    def samples(self) -> list[Tensor]:
+        """Every latent [C, ...] by itself, in order. ValueError where there is none."""
+        rows = [row for latent in self.latents for row in latent["samples"]]
+        if not rows:
+            raise ValueError("the latents are empty: connect the latents of at least one image (VAE Encode)")
+        return rows
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    model: comfy.model_patcher.ModelPatcher
+    """The model it was trained on, with the LoRA applied: a clone."""
+    lora: LoRAModel
+    loss_map: dict
+
+
+def train_lora(
+    model: comfy.model_patcher.ModelPatcher,
+    data: TrainingData,
+    config: TrainConfig,
+    lora_config: LoRAConfig,
+    node_id: str | None = None,
+) -> TrainingResult:
+    """Train a LoRA on the model as it is loaded and patched now. The model itself is left exactly as it was.
+
+    When the run is cut short (cancel, out of memory, an error), what was learned is saved to the loras folder first.
+    """
+    samples = data.samples()
+    reporter = TrainingReporter(config.steps, node_id)
+    memory = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
+    with training_session(model, memory) as denoiser:
+        layers = select_targets(dict(denoiser.real.diffusion_model.named_modules()), lora_config.targets)
+        network = LoRANetwork(layers, lora_config, denoiser.device)
+        dataset, held_out = split_held_out(denoiser.dataset(samples, data.positive, data.negative), data.validation_percent)
+        trainer = Trainer(config, denoiser, network.trainable(), dataset, held_out)
+        logger.info("training %d adapters on %d samples", len(layers), len(dataset))
+        with network.installed():
+            run_or_rescue(trainer, reporter, lambda: to_lora_model(network, metadata(trainer, lora_config, denoiser)))
+        lora = to_lora_model(network, metadata(trainer, lora_config, denoiser))
+    return TrainingResult(apply_lora(model, lora), lora, reporter.loss_map())
+
+
+def run_or_rescue(trainer: Trainer, reporter: TrainingReporter, result) -> None:
+    """Consume the run. Whatever ends it early, the state so far goes to a file, and the reason goes on to ComfyUI."""
+    try:
+        for event in trainer.run():
+            reporter(event)
+    except BaseException:  # cancelling is a BaseException in newer ComfyUI
+        if trainer.step:
+            trainer.finish()
+            lora = result()
+            path = save_lora(lora, f"{RESCUE_PREFIX}_step{trainer.step}", lora.metadata)
+            logger.warning("training stopped at step %d of %d; saved %s", trainer.step, trainer.config.steps, path)
+        raise
+
+
+def split_held_out(dataset: Dataset, percent: int) -> tuple[Dataset, Dataset | None]:
+    """Hold out an evenly spaced share of the samples; none where the share is below one sample."""
+    if not 0 <= percent <= 50:
+        raise ValueError(f"validation_percent is {percent}, but it must be in 0..50")
+    count = len(dataset) * percent // 100
+    if count == 0:
+        return dataset, None
+    held = {(2 * k + 1) * len(dataset) // (2 * count) for k in range(count)}
+    parts = ([i for i in range(len(dataset)) if i not in held], sorted(held))
+    pick = [
+        Dataset([dataset.latents[i] for i in rows], [dataset.conditions[i] for i in rows], dataset.empty_condition)
+        for rows in parts
+    ]
+    return pick[0], pick[1]
+
+
+def metadata(trainer: Trainer, lora_config: LoRAConfig, denoiser: ComfyDenoiser) -> dict[str, str]:
+    """The header of the file: kohya's `ss_*` and Stability's `modelspec.*` names, every value a string."""
+    config, family = trainer.config, type(denoiser.real).__name__
+    latent = trainer.dataset.latents[0]
+    values = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": lora_config.rank,
+        "ss_network_alpha": lora_config.lora_alpha,
+        "ss_network_args": {"targets": lora_config.targets},
+        "ss_base_model_version": family,
+        "ss_optimizer": "torch.optim.AdamW",
+        "ss_learning_rate": config.learning_rate,
+        "ss_lr_scheduler": config.lr_schedule,
+        "ss_lr_warmup_steps": config.warmup_steps,
+        "ss_steps": trainer.step,
+        "ss_max_train_steps": config.steps,
+        "ss_batch_size_per_device": config.batch_size,
+        "ss_num_train_images": len(trainer.dataset),
+        "ss_seed": config.seed,
+        "ss_max_grad_norm": config.max_grad_norm,
+        "ss_caption_dropout_rate": config.caption_dropout,
+        "ss_timestep_sampling": config.density,
+        "ss_discrete_flow_shift": denoiser.shift,
+        "ss_training_finished_at": time.time(),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{family}/lora",
+        "modelspec.implementation": "ComfyUI",
+        "modelspec.title": f"{family} LoRA, {trainer.step} steps",
+        "modelspec.resolution": f"{latent.shape[-1] * 8}x{latent.shape[-2] * 8}",
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "modelspec.prediction_type": denoiser.prediction,
+        "tidetable_config": {"train": asdict(config), "lora": asdict(lora_config)},
+    }
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}

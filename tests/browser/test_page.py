@@ -1,0 +1,147 @@
+"""The real page in headless Chromium: it opens with the pack, loads every example workflow whole, and complains about nothing.
+
+Pictures are left in tests/output/. Both ways in which the page can draw nodes are tried.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from devtools import browser
+from devtools.client import Client
+from devtools.server import PACK_FOLDER
+from devtools.workflow import to_prompt
+from tidetable.tests.test_architecture import ROOT
+
+
+pytestmark = pytest.mark.browser
+
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+OUTPUT = ROOT / "tests" / "output"
+READY = "window.app?.extensionManager && app.canvas && app.graph"
+# Without these, Chromium's own connections are tried and refused where there is no network.
+CHROMIUM_OPTIONS = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@dataclass
+class Page:
+    """An open page and what it said."""
+
+    page: object
+    complaints: list[str] = field(default_factory=list)
+
+    def evaluate(self, code: str, argument=None):
+        return self.page.evaluate(code, argument)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    # Module scope: Playwright's event loop must be gone before other tests run their own.
+    playwright = pytest.importorskip("playwright.sync_api") if not in_ci() else __import__("playwright.sync_api").sync_api
+    executable = browser.find()
+    if executable is None:
+        reason = "no Chromium found: install it (Debian: apt-get install chromium) or name it in TIDETABLE_BROWSER"
+        pytest.fail(reason) if in_ci() else pytest.skip(reason)
+    options = [*CHROMIUM_OPTIONS, *(["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [])]
+    with playwright.sync_playwright() as driver:
+        instance = driver.chromium.launch(executable_path=executable, args=options)
+        yield instance
+        instance.close()
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+@pytest.fixture(params=["canvas", "vue"])
+def page(request, chromium, comfy_server):
+    """The page, ready, drawn the one or the other way; the messages that name our files are kept."""
+    settings = {
+        "Comfy.TutorialCompleted": True,
+        "Comfy.VueNodes.Enabled": request.param == "vue",
+        "Comfy.VueNodes.AutoScaleLayout": False,
+    }
+    Client(comfy_server.base_url).post("/settings", settings)
+    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+    context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
+    opened = Page(context.new_page())
+    opened.mode = request.param
+
+    def keep(text: str) -> None:
+        if f"/extensions/{PACK_FOLDER}/" in text:
+            opened.complaints.append(text)
+
+    opened.page.on("console", lambda message: keep(f"{message.type}: {message.text} {message.location.get('url')}")
+                   if message.type in ("error", "warning") else None)
+    opened.page.on("pageerror", lambda error: keep(f"{error.message} {error.stack}"))
+    opened.page.goto(comfy_server.base_url)
+    opened.page.wait_for_function(READY, timeout=90_000)
+    opened.page.wait_for_timeout(1000)
+    yield opened
+    context.close()
+
+
+def load(page: Page, workflow: dict) -> None:
+    page.evaluate("async workflow => { await app.loadGraphData(workflow) }", workflow)
+    page.page.wait_for_timeout(1000)
+
+
+def test_the_page_knows_our_nodes(page, object_info):
+    ours = sorted(name for name in object_info if name.startswith("Tidetable_"))
+    known = page.evaluate("Object.keys(LiteGraph.registered_node_types).filter(n => n.startsWith('Tidetable_'))")
+    assert sorted(known) == ours
+    assert page.complaints == []
+
+
+def test_every_node_can_be_placed(page, object_info):
+    """One of each, as from the menu: the widgets are there, and nothing is thrown on the way."""
+    ours = sorted(name for name in object_info if name.startswith("Tidetable_"))
+    placed = page.evaluate(
+        """names => names.map((name, i) => {
+            const node = LiteGraph.createNode(name)
+            node.pos = [60 + 460 * (i % 4), 60 + 420 * Math.floor(i / 4)]
+            app.graph.add(node)
+            return {type: node.type, inputs: (node.inputs ?? []).map(input => input.name)}
+        })""",
+        ours,
+    )
+    page.page.wait_for_timeout(500)
+    save(page, "all-nodes")
+    for name, node in zip(ours, placed, strict=True):
+        assert node["type"] == name
+        order = object_info[name]["input_order"]
+        assert set(node["inputs"]) <= {*order.get("required", ()), *order.get("optional", ())}
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_an_example_workflow_loads(page, object_info, path: Path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    load(page, workflow)
+    types = page.evaluate("app.graph._nodes.map(node => [String(node.id), node.type, node.type in LiteGraph.registered_node_types])")
+    notes = ("Note", "MarkdownNote")
+    assert sorted((i, t) for i, t, _ in types) == sorted((str(n["id"]), n["type"]) for n in workflow["nodes"])
+    assert [t for _, t, known in types if not known and t not in notes] == []
+    save(page, path.stem)
+    # What the page would queue is what the server test queues.
+    output = page.evaluate("async () => (await app.graphToPrompt()).output")
+    ours = to_prompt(workflow, object_info)
+    assert {i: node["class_type"] for i, node in output.items()} == {i: node["class_type"] for i, node in ours.items()}
+    for node_id, node in output.items():
+        assert {name: as_api(value) for name, value in node["inputs"].items()} == ours[node_id]["inputs"], node["class_type"]
+    assert page.complaints == []
+
+
+def as_api(value):
+    """Node ids are strings in an API prompt, and numbers in the older page's links."""
+    return [str(value[0]), value[1]] if isinstance(value, list) and len(value) == 2 else value
+
+
+def save(page: Page, name: str) -> None:
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    file = OUTPUT / f"{name}-{page.mode}.png"
+    page.page.screenshot(path=file)
+    assert file.stat().st_size > 10_000
