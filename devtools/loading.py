@@ -4,6 +4,7 @@ Inside ComfyUI the module name of the pack is its absolute path. Tests, benchmar
 the same folder as `tidetable`: `from tidetable.schedules import shift`, `from tidetable.tests.gaussians import …`.
 """
 
+import importlib
 import importlib.abc
 import importlib.util
 import os
@@ -71,6 +72,8 @@ def prepare_host(base_directory: str | os.PathLike | None = None) -> Path:
         for name in HOST_FOLDERS:
             Path(base_directory, name).mkdir(parents=True, exist_ok=True)
     tolerate_torchvision()
+    # As main.py does, before ComfyUI's nodes.py puts its comfy/ folder, which has a utils.py, first on the path.
+    importlib.import_module("utils")
     return path
 
 

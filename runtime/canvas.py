@@ -81,15 +81,15 @@ def nice_step(span: float, count: int) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
 
 
-def tick_label(value: float, step: float) -> str:
-    """Digits enough to tell neighbors apart, and an exponent only where zeros would pile up."""
+def tick_label(value: float, step: float, largest: float) -> str:
+    """Digits enough to tell neighbors apart; exponents on axes whose `largest` tick would show a row of zeros."""
     if abs(value) < step * 1e-6:
         return "0"
-    if abs(value) >= 1e5 or abs(value) < 1e-4:
-        digits = max(0, math.floor(math.log10(abs(value))) - math.floor(math.log10(step)))
-        mantissa, exponent = f"{value:.{digits}e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
-    return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    if 1e-3 <= largest < 1e5:
+        return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    digits = max(0, math.floor(math.log10(abs(value)) + 1e-9) - math.floor(math.log10(step) + 1e-9))
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
 
 
 def linear_axis(values: Sequence[float], count: int, pad: float = 0.04, whole: bool = False) -> Axis:
@@ -103,7 +103,8 @@ def linear_axis(values: Sequence[float], count: int, pad: float = 0.04, whole: b
     if whole:
         step = max(1.0, step)
     first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
-    ticks = tuple((k * step, tick_label(k * step, step)) for k in range(first, last + 1))
+    largest = max(abs(first), abs(last)) * step
+    ticks = tuple((k * step, tick_label(k * step, step, largest)) for k in range(first, last + 1))
     room = (high - low) * pad
     return Axis(low - room, high + room, ticks)
 
@@ -271,7 +272,8 @@ class Figure:
         for line in panel.lines:
             for run in _runs(line, x_axis, y_axis):
                 self._stroke(draw, [(x * width * s, (1 - y) * height * s) for x, y in run], line)
-        draw.line([(0, 0), (0, height * s), (width * s, height * s)], MUTED, hair * 2)
+        low = height * s - hair
+        draw.line([(hair, 0), (hair, low), (width * s, low)], MUTED, hair * 2)
         self.image.paste(area.resize((width, height), Image.Resampling.LANCZOS), (left, top))
 
     def _stroke(self, draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], line: Line) -> None:

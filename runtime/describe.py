@@ -44,7 +44,7 @@ def describe(model: ModelPatcher) -> str:
         "latent": _latent(model.model.latent_format),
         "patches": "".join(f"\n  {line}" for line in _patches(model)) or "none",
     }
-    return "\n".join(f"{name}: {value}" for name, value in facts.items())
+    return "\n".join(f"{name}: {value}" for name, value in facts.items()).replace(": \n", ":\n")
 
 
 def _family(model: ModelPatcher, family: Family | None) -> str:
@@ -76,7 +76,7 @@ def _timestep(sampling: Sampling) -> str:
     low, high = (float(host.timestep(sigma)) for sigma in (host.sigma_min, host.sigma_max))
     rule = "row of the noise table" if has_discrete_table(host) else "function of σ"
     if sampling.multiplier is not None:
-        rule = f"σ·{sampling.multiplier:g}"
+        rule = f"σ·{sampling.multiplier:g}" if sampling.multiplier != 1.0 else "σ itself"
     return f"{rule}, the network sees {low:.4g} to {high:.4g}"
 
 

@@ -123,7 +123,7 @@ def resolve_shift(
     if mode == "mu":
         return shift_from_mu(mu), mu
     if mode != "official":
-        raise ValueError(f"unknown mode {mode!r}; use one of {', '.join(SHIFT_MODES)}")
+        raise ValueError(f"unknown mode {mode[:40]!r}; use one of {', '.join(SHIFT_MODES)}")
     family = detect_family(model)
     if family is None or family.rule is None:
         known = ", ".join(key for key, family in FAMILIES.items() if family.rule is not None)

@@ -103,7 +103,7 @@ def _loss_lines(loss_map: Mapping[str, Any], loss: list[float], steps: range) ->
         _require_length("loss_smoothed", smooth, len(loss))
     elif len(loss) >= 20:
         window = max(5, len(loss) // 20)
-        smooth, name = _running_mean(loss, window), f"loss, mean of the last {window} steps"
+        smooth, name = running_mean(loss, window), f"loss, mean of the last {window} steps"
     lines = [
         Line(steps, loss, PALE_BLUE if smooth else COLORS[0], "loss", width=1.2 if smooth else 2.2, dots=len(loss) < 20)
     ]
@@ -122,7 +122,7 @@ def _loss_lines(loss_map: Mapping[str, Any], loss: list[float], steps: range) ->
     return lines
 
 
-def _running_mean(values: list[float], window: int) -> list[float]:
+def running_mean(values: list[float], window: int) -> list[float]:
     """Mean of the last `window` finite values; nan where there is none."""
     means = []
     for end in range(1, len(values) + 1):
@@ -170,7 +170,7 @@ def _count(number: int, noun: str) -> str:
 
 def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value[:40]!r}")
 
 
 def _label(label: str | None, name: str) -> str:

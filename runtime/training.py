@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import comfy.model_management
@@ -72,13 +72,17 @@ def train_lora(
         dataset, held_out = split_held_out(denoiser.dataset(samples, data.positive, data.negative), data.validation_percent)
         trainer = Trainer(config, denoiser, network.trainable(), dataset, held_out)
         logger.info("training %d adapters on %d samples", len(layers), len(dataset))
+
+        def current() -> LoRAModel:
+            return to_lora_model(network, metadata(trainer, lora_config, denoiser, reporter))
+
         with network.installed():
-            run_or_rescue(trainer, reporter, lambda: to_lora_model(network, metadata(trainer, lora_config, denoiser)))
-        lora = to_lora_model(network, metadata(trainer, lora_config, denoiser))
+            run_or_rescue(trainer, reporter, current)
+        lora = current()
     return TrainingResult(apply_lora(model, lora), lora, reporter.loss_map())
 
 
-def run_or_rescue(trainer: Trainer, reporter: TrainingReporter, result) -> None:
+def run_or_rescue(trainer: Trainer, reporter: TrainingReporter, current: Callable[[], LoRAModel]) -> None:
     """Consume the run. Whatever ends it early, the state so far goes to a file, and the reason goes on to ComfyUI."""
     try:
         for event in trainer.run():
@@ -86,7 +90,7 @@ def run_or_rescue(trainer: Trainer, reporter: TrainingReporter, result) -> None:
     except BaseException:  # cancelling is a BaseException in newer ComfyUI
         if trainer.step:
             trainer.finish()
-            lora = result()
+            lora = current()
             path = save_lora(lora, f"{RESCUE_PREFIX}_step{trainer.step}", lora.metadata)
             logger.warning("training stopped at step %d of %d; saved %s", trainer.step, trainer.config.steps, path)
         raise
@@ -108,7 +112,9 @@ def split_held_out(dataset: Dataset, percent: int) -> tuple[Dataset, Dataset | N
     return pick[0], pick[1]
 
 
-def metadata(trainer: Trainer, lora_config: LoRAConfig, denoiser: ComfyDenoiser) -> dict[str, str]:
+def metadata(
+    trainer: Trainer, lora_config: LoRAConfig, denoiser: ComfyDenoiser, reporter: TrainingReporter
+) -> dict[str, str]:
     """The header of the file: kohya's `ss_*` and Stability's `modelspec.*` names, every value a string."""
     config, family = trainer.config, type(denoiser.real).__name__
     latent = trainer.dataset.latents[0]
@@ -139,6 +145,7 @@ def metadata(trainer: Trainer, lora_config: LoRAConfig, denoiser: ComfyDenoiser)
         "modelspec.resolution": f"{latent.shape[-1] * 8}x{latent.shape[-2] * 8}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.prediction_type": denoiser.prediction,
+        "tidetable_validation": [event.loss for event in reporter.validations],
         "tidetable_config": {"train": asdict(config), "lora": asdict(lora_config)},
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}

@@ -120,7 +120,7 @@ def schedule(grid: NoiseGrid, spacing: str, steps: int, denoise: float = 1.0) ->
     """
     require_steps(steps)
     if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}; use one of {', '.join(SPACINGS)}")
+        raise ValueError(f"unknown spacing {spacing[:40]!r}; use one of {', '.join(SPACINGS)}")
     if not 0.0 < denoise <= 1.0:
         raise ValueError(
             f"denoise must be above 0 and at most 1, got {denoise}; 1 starts from pure noise, 0 would change nothing"

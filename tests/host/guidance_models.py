@@ -8,6 +8,7 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_model_advanced, nodes_pag
+
 from tidetable.nodes.guidance import PerturbedAttention
 from tidetable.runtime.tiny import TINY_SPECS, TinyConfig
 

@@ -21,13 +21,14 @@ def describe_node(node) -> dict[str, Any]:
         "category": schema.category,
         "output_node": bool(schema.is_output_node),
         "takes_lists": bool(schema.is_input_list),
-        "inputs": {entry.id: describe_input(entry) for entry in schema.inputs or ()},
+        # In order: saved graphs hold widget values by position.
+        "inputs": [describe_input(entry) for entry in schema.inputs or ()],
         "outputs": [describe_output(entry) for entry in schema.outputs or ()],
     }
 
 
 def describe_input(entry) -> dict[str, Any]:
-    found: dict[str, Any] = {"type": type_name(entry)}
+    found: dict[str, Any] = {"name": entry.id, "type": type_name(entry)}
     for name in ("optional", "default", "min", "max", "options", "multiline"):
         value = getattr(entry, name, None)
         if value is not None and value is not False:
@@ -49,11 +50,13 @@ def type_name(entry) -> str:
 def describe_pack() -> dict[str, dict[str, Any]]:
     from tidetable.nodes import NODES
 
-    return {node.GET_SCHEMA().node_id: describe_node(node) for node in NODES}
+    return {
+        node.GET_SCHEMA().node_id: describe_node(node) for node in sorted(NODES, key=lambda n: n.GET_SCHEMA().node_id)
+    }
 
 
 def to_text(interface: dict[str, Any]) -> str:
-    return json.dumps(interface, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(interface, indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

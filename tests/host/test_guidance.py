@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_model_advanced
+
 from tidetable.tests.host.guidance_models import (
     FAMILIES,
     SPECS,
@@ -158,11 +159,13 @@ def test_bad_values(values, message):
         node(build(), **values)
 
 
-@pytest.mark.parametrize("depth", [-1, -2])
-def test_unet_without_attention_in_the_middle(depth):
+@pytest.mark.parametrize(
+    "network", [{"transformer_depth_middle": -1}, {"transformer_depth_middle": -2}, {"disable_middle_self_attn": True}]
+)
+def test_unet_without_self_attention_in_the_middle(network):
     message = r"no self-attention in its middle block.*input_blocks: \d+, self-attention in \d"
     with pytest.raises(ValueError, match=message):
-        node(build(transformer_depth_middle=depth))
+        node(build(**network))
 
 
 def test_other_families_are_refused_with_their_blocks():

@@ -2,11 +2,13 @@
 
 import comfy.controlnet
 import comfy.model_management
+import comfy.samplers
 import pytest
 import torch
 from comfy import context_windows
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras import nodes_custom_sampler, nodes_easycache, nodes_perpneg
+
 from tidetable.tests.host.guidance_models import (
     FAMILIES,
     LATENT,
@@ -125,6 +127,8 @@ def test_attn1_patches_of_another_pack_are_called(key):
     model.set_model_patch_replace(
         lambda q, k, v, extra: optimized_attention(q, k, v, extra["n_heads"]) * 1.5, "attn1", *key
     )
+    for kind, *elsewhere in [("attn2", "middle", 0), *(("attn1", "output", i) for i in range(9))]:
+        model.set_model_patch_replace(lambda q, k, v, extra: q * 0.5, kind, *elsewhere)
     expected = expected_guidance(model, evaluate(model))
     assert_close(evaluate(node(model)), expected)
 
@@ -136,7 +140,8 @@ def test_block_replacement_of_another_pack_is_called():
         out = extra["original_block"](args)
         return {"img": out["img"] * 1.5, "txt": out["txt"]}
 
-    model.set_model_patch_replace(louder, "dit", "double_block", 1)
+    for index in range(3):
+        model.set_model_patch_replace(louder, "dit", "double_block", index)
     assert_close(evaluate(node(model)), expected_guidance(model, evaluate(model)))
 
 
@@ -176,6 +181,27 @@ def test_guiders_that_do_not_ask_the_slot(name):
     assert_close(perp_neg(node(model)), expected_guidance(model, perp_neg(model)))
     outer = 2.0  # the nested guider multiplies what it guides by its second scale
     assert_close(dual_cfg(node(model)), expected_guidance(model, dual_cfg(model), outer * SCALE))
+
+
+class ProbingGuider(comfy.samplers.CFGGuider):
+    """Asks the slot about another latent and throws the answer away, then evaluates without it."""
+
+    def predict_noise(self, x, timestep, model_options, seed=None):
+        conds = [self.conds["positive"], self.conds["negative"]]
+        about = {"conds": conds, "sigma": timestep, "model": self.inner_model, "model_options": model_options}
+        model_options["sampler_calc_cond_batch_function"]({**about, "input": 0.5 * x})
+        cond, uncond = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)
+        return comfy.samplers.cfg_function(
+            self.inner_model, cond, uncond, self.cfg, x, timestep, model_options, cond=conds[0], uncond=conds[1]
+        )
+
+
+def test_a_prediction_for_another_latent_is_not_used():
+    model = build()
+    guider = ProbingGuider(node(model))
+    guider.set_conds(POSITIVE, NEGATIVE)
+    guider.set_cfg(4.0)
+    assert_close(evaluate(guider.model_patcher, guider=guider), expected_guidance(model, evaluate(model)))
 
 
 def test_guider_without_a_cond_prediction_is_told():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tidetable.samplers.guidance.combine import perturbed_guidance
 from tidetable.samplers.guidance.interval import Interval
 from tidetable.samplers.guidance.perturb import flagged_rows, identity_attention

@@ -1,0 +1,102 @@
+"""Measure the embedded models: `python3 dev.py exec models/judge.py [--json models/quality.json]`.
+
+Per model: how often an independent classifier reads the requested character, and the mean brightness of samples that were asked
+to be very dark and very bright. Sampled by ComfyUI's own Euler sampler.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from devtools.loading import load_checkout, prepare_host
+
+
+prepare_host()
+load_checkout()
+
+import comfy.sample
+import comfy.samplers
+import torch
+from devtools.judges import accuracy, glyph_judge
+from PIL import Image
+from tidetable.runtime import tiny
+from tidetable.training.tiny_data import CHARACTERS, glyph_batch
+
+
+STEPS, CFG, SEED, BATCH = 30, 3.0, 77, 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(tiny.TINY_MODELS))
+    parser.add_argument("--per-character", type=int, default=10)
+    parser.add_argument("--cfg", type=float, default=CFG)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--pictures", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    judge, clip = glyph_judge(), tiny.load_tiny_clip()
+    captions = [glyph_batch(1, SEED + 1000 * n + i, c)[1][0] for n in range(args.per_character) for i, c in enumerate(CHARACTERS)]
+    wanted = list(CHARACTERS) * args.per_character
+    plain = [text.split(",")[0] for text in captions[:36]]
+    rows = {"classifier on held-out renderings": judge.accuracy}
+    for name in args.models:
+        model = tiny.load_tiny_model(name)
+        images = draw(model, clip, captions, args.cfg)
+        dark, bright = (draw(model, clip, [f"{text}, very {word}" for text in plain], args.cfg) for word in ("dark", "bright"))
+        rows[name] = {
+            "character accuracy": accuracy(judge, images, wanted),
+            "mean brightness of very dark": dark.mean().item(),
+            "mean brightness of very bright": bright.mean().item(),
+            "samples": len(captions),
+        }
+        print(name, json.dumps(rows[name]), flush=True)
+        if args.pictures:
+            args.pictures.mkdir(parents=True, exist_ok=True)
+            save_grid(torch.cat([images[:72], dark[:18], bright[:18]]), args.pictures / f"{name}.png")
+    reference = [glyph_batch(1, SEED + i, c)[2][0] for i, c in enumerate(CHARACTERS)]
+    rows["data"] = {word: brightness_of(reference, word) for word in ("very dark", "very bright")}
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    print(json.dumps(rows["data"]), rows["classifier on held-out renderings"])
+
+
+def brightness_of(glyphs, word: str) -> float:
+    from dataclasses import replace
+
+    from tidetable.training.tiny_data import render_glyph
+
+    return float(sum(render_glyph(replace(glyph, brightness=word)).mean() for glyph in glyphs) / len(glyphs))
+
+
+@torch.inference_mode()
+def draw(model, clip, captions: list[str], cfg: float) -> torch.Tensor:
+    """One sample per caption, [N, 3, 32, 32] in [0, 1]."""
+    out = []
+    for start in range(0, len(captions), BATCH):
+        part = captions[start : start + BATCH]
+        encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for text in [*part, ""]]
+        cond = torch.cat([row[0] for row in encoded[:-1]])
+        pooled = torch.cat([row[1]["pooled_output"] for row in encoded[:-1]])
+        latent = torch.zeros(len(part), 3, 32, 32)
+        noise = comfy.sample.prepare_noise(latent, SEED + start)
+        samples = comfy.sample.sample(
+            model, noise, STEPS, cfg, "euler", "simple", [[cond, {"pooled_output": pooled}]], [encoded[-1]], latent,
+            disable_pbar=True, seed=SEED,
+        )  # fmt: skip
+        out.append(((samples + 1) / 2).clamp(0, 1))
+    return torch.cat(out)
+
+
+def save_grid(images: torch.Tensor, path: Path, columns: int = 18) -> None:
+    rows = len(images) // columns
+    grid = images[: rows * columns].reshape(rows, columns, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(rows * 32, columns * 32, 3)
+    picture = Image.fromarray((grid * 255).round().byte().numpy())
+    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Plot Schedules and Plot Training: what is drawn is what was given."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import ImageColor
+
+from tidetable.nodes.plots import PlotSchedules, PlotTraining
+from tidetable.runtime import canvas
+from tidetable.runtime.canvas import COLORS, linear_axis, log_axis
+from tidetable.runtime.plots import running_mean
+from tidetable.schedules.process import VP
+from tidetable.schedules.spacing import SPACINGS, flow_grid, table_grid
+from tidetable.schedules.spacing import schedule as spaced
+
+
+VP_GRID = table_grid(VP.from_betas().ratio(torch.arange(1000, dtype=torch.float64) / 999))
+FALLING = torch.linspace(1.0, 0.0, 31)
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_node():
+    with torch.inference_mode():
+        yield
+
+
+def plot(quantity="sigma", process="auto", y_axis="auto", width=512, height=384, **schedules):
+    return PlotSchedules.execute(quantity, process, y_axis, width, height, **schedules).args[0]
+
+
+def plot_loss(width=512, height=384, **loss_map):
+    return PlotTraining.execute(loss_map, width, height).args[0]
+
+
+def coverage(image, color, header=0.13):
+    """How much of each pixel below the legend is this color on white, [H', W]; 0 where it is something else."""
+    picture = 1.0 - image[0].numpy()[int(image.shape[1] * header) :]
+    ink = 1.0 - np.array(ImageColor.getrgb(color)) / 255
+    amount = (picture @ ink) / (ink @ ink)
+    is_other = np.abs(picture - amount[..., None] * ink).max(axis=-1) > 0.04
+    return np.where(is_other | (amount < 0.2), 0.0, amount)
+
+
+def curve(image, color):
+    """Center of the color in each column that has it: {column: row}."""
+    amount = coverage(image, color)
+    rows = np.arange(len(amount))[:, None]
+    has = np.nonzero(amount.sum(axis=0) > 0.5)[0]
+    return {int(c): float((amount[:, c] * rows[:, 0]).sum() / amount[:, c].sum()) for c in has}
+
+
+def is_image(image, width=512, height=384):
+    values = image.unique()
+    return (
+        image.shape == (1, height, width, 3) and image.dtype == torch.float32 and image.device.type == "cpu"
+        and float(values.min()) >= 0.0 and float(values.max()) == 1.0 and len(values) > 10
+    )  # fmt: skip
+
+
+# ── axes ────────────────────────────────────────────────────────────────────────────────────────────
+
+numbers = st.floats(-1e6, 1e6, allow_subnormal=False)
+
+
+@given(st.lists(numbers, min_size=1, max_size=20), st.integers(2, 12))
+def test_a_linear_axis_holds_its_values_and_its_labels_are_true(values, count):
+    axis = linear_axis(values, count)
+    assert all(-1e-9 <= axis.position(value) <= 1 + 1e-9 for value in values)
+    ticks = [value for value, _ in axis.ticks]
+    steps = np.diff(ticks)
+    assert len(ticks) <= 2 * count + 2 and np.allclose(steps, steps[:1], rtol=1e-6)
+    labels = [label for _, label in axis.ticks]
+    assert len(set(labels)) == len(labels)
+    # A label may round, but never to the wrong side of the middle between two ticks.
+    span = abs(steps[0]) if len(steps) else axis.high - axis.low
+    assert all(abs(float(label) - value) < 0.5 * span for value, label in axis.ticks)
+
+
+@given(st.lists(st.floats(1e-8, 1e8), min_size=1, max_size=20), st.integers(3, 12))
+def test_a_log_axis_holds_its_values_and_its_labels_are_true(values, count):
+    axis = log_axis(values, count)
+    assert all(-1e-9 <= axis.position(value) <= 1 + 1e-9 for value in values)
+    assert all(float(label) == pytest.approx(value) for value, label in axis.ticks)
+    assert axis.position(10.0 * values[0]) > axis.position(values[0])
+
+
+def test_what_has_no_place_on_an_axis():
+    for value in (math.nan, math.inf, -math.inf):
+        assert linear_axis([0.0, 1.0], 5).position(value) is None
+    assert log_axis([0.0, 1.0], 5).position(0.0) is None
+    assert linear_axis([math.nan], 5).position(0.5) == pytest.approx(0.5)
+
+
+def test_ticks_are_round_numbers():
+    assert [label for _, label in linear_axis([0.0, 1.0], 5).ticks] == ["0", "0.2", "0.4", "0.6", "0.8", "1.0"]
+    assert [label for _, label in linear_axis([0.0, 1e-4], 4).ticks] == ["0", "5e-5", "1e-4"]
+    assert [label for _, label in log_axis([0.01, 100.0], 6).ticks] == ["0.01", "0.1", "1", "10", "100"]
+
+
+# ── Plot Schedules ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("quantity", ["sigma", "t", "log_snr", "step_size"])
+@pytest.mark.parametrize("grid", [flow_grid(3.0), VP_GRID], ids=["flow", "vp"])
+def test_eight_schedules_in_one_picture(quantity, grid):
+    given_schedules = {f"sigmas_{i + 1}": spaced(grid, name, 20).float() for i, name in enumerate(SPACINGS)}
+    given_schedules |= {"sigmas_7": spaced(grid, "simple", 5), "sigmas_8": spaced(grid, "karras", 120)}
+    image = plot(quantity, **given_schedules, **{f"label_{i}": f"schedule {i}" for i in range(1, 9)})
+    assert is_image(image)
+    for color in COLORS[:2]:
+        assert coverage(image, color, header=0.3).sum() > 3
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (1024, 640), (4096, 256), (300, 1200)])
+def test_size_is_as_asked(width, height):
+    assert is_image(plot(width=width, height=height, sigmas_1=FALLING, label_1="a label"), width, height)
+
+
+def test_a_falling_schedule_is_drawn_falling_and_straight():
+    heights = curve(plot(sigmas_1=FALLING), COLORS[0])
+    columns = np.array(sorted(heights))
+    rows = np.array([heights[column] for column in columns])
+    assert columns[-1] - columns[0] > 0.8 * 512
+    slope, offset = np.polyfit(columns, rows, 1)
+    assert slope > 0  # rows count downwards
+    assert np.abs(rows - (slope * columns + offset)).max() < 2.0
+
+
+def test_the_shift_is_visible_at_its_place():
+    # At half of the steps an unshifted flow schedule is at .5 and a shift of 3 at .75: half and a quarter down.
+    for sigmas, fraction in (
+        (spaced(flow_grid(1.0), "simple", 100), 0.5),
+        (spaced(flow_grid(3.0), "simple", 100), 0.25),
+    ):
+        heights = curve(plot(sigmas_1=sigmas), COLORS[0])
+        columns = sorted(heights)
+        middle = min(columns, key=lambda column: abs(column - (columns[0] + columns[-1]) / 2))
+        top, bottom = heights[columns[0]], heights[columns[-1]]
+        assert (heights[middle] - top) / (bottom - top) == pytest.approx(fraction, abs=0.02)
+
+
+def test_labels_change_only_the_legend():
+    plain, labelled = (plot(sigmas_1=FALLING, label_1=label)[0] for label in ("one", "two"))
+    differing = (plain != labelled).any(dim=-1).nonzero()
+    assert len(differing) > 0 and int(differing[:, 0].max()) < 0.25 * 384
+
+
+def test_order_of_inputs_and_gaps_between_them_do_not_matter():
+    assert torch.equal(plot(sigmas_2=FALLING, label_2="x", sigmas_5=None), plot(sigmas_7=FALLING, label_7="x"))
+
+
+def test_log_axis_leaves_out_zero_and_says_so():
+    with_zero = spaced(VP_GRID, "karras", 20)
+    assert is_image(plot(sigmas_1=with_zero, y_axis="log"))
+    assert not torch.equal(plot(sigmas_1=with_zero, y_axis="log"), plot(sigmas_1=with_zero, y_axis="linear"))
+    assert torch.equal(plot(sigmas_1=with_zero, y_axis="log"), plot(sigmas_1=with_zero))  # auto, for sigmas up to 14.6
+    assert torch.equal(plot(sigmas_1=FALLING, y_axis="linear"), plot(sigmas_1=FALLING))  # auto, for flow
+
+
+@pytest.mark.parametrize("label", ["", "   ", "Ä ü ñ", "中文标签", "σ → 0", "line\nbreak", "👩‍🔬", "x" * 200])
+def test_any_reasonable_label(label):
+    assert is_image(plot(sigmas_1=FALLING, label_1=label))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "nothing to plot: connect SIGMAS"),
+        ({"sigmas_1": None, "label_1": "x"}, "nothing to plot"),
+        ({"sigmas_1": torch.tensor([])}, "sigmas_1 has 0 value"),
+        ({"sigmas_3": torch.tensor([1.0])}, "sigmas_3 has 1 value"),
+        ({"sigmas_1": torch.tensor([1.0, math.nan, 0.0])}, r"sigmas_1\[1\] is nan"),
+        ({"sigmas_1": torch.tensor([math.inf, 0.0])}, r"sigmas_1\[0\] is inf"),
+        ({"sigmas_1": torch.tensor([0.0, 0.5, 1.0])}, "sigmas_1 must fall"),
+        ({"sigmas_1": torch.tensor([1.0, -0.5])}, r"sigmas_1\[1\] is -0.5"),
+        ({"sigmas_1": torch.zeros(2, 3)}, "one-dimensional"),
+        ({"sigmas_1": "karras"}, "one-dimensional tensor .*got str"),
+        ({"sigmas_1": FALLING, "label_1": "x" * 10_000}, "label_1 has 10000 characters; use at most 200"),
+        ({"sigmas_1": FALLING, "quantity": "snr"}, "quantity must be one of sigma, t, log_snr, step_size"),
+        ({"sigmas_1": FALLING, "process": "ve"}, "process must be one of auto, flow, vp"),
+        ({"sigmas_1": FALLING, "y_axis": "y" * 10_000}, "y_axis must be one of auto, linear, log"),
+        ({"sigmas_1": FALLING * 14, "process": "flow"}, "sigma 14 is no flow noise level"),
+        ({"sigmas_1": FALLING, "width": 0}, "width must be 256 to 4096 pixels, got 0"),
+        ({"sigmas_1": FALLING, "height": 10**6}, "height must be 256 to 4096 pixels, got 1000000"),
+    ],
+)
+def test_bad_schedules_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        plot(**arguments)
+    assert len(str(caught.value)) < 300
+
+
+# ── Plot Training ───────────────────────────────────────────────────────────────────────────────────
+
+LOSSES = [1.0 / step + 0.1 for step in range(1, 101)]
+
+
+def test_a_full_record_has_all_panels():
+    record = {
+        "loss": LOSSES,
+        "loss_smoothed": LOSSES,
+        "lr": [1e-4] * 100,
+        "grad_norm": [0.5 + 0.1 * (i % 3) for i in range(100)],
+        "validation_steps": [25, 50, 75, 100],
+        "validation_loss": [0.5, 0.4, 0.3, 0.2],
+        "validation_base": 0.9,
+    }
+    image = plot_loss(768, 768, **record)
+    assert is_image(image, 768, 768)
+    for color in (COLORS[0], COLORS[1], COLORS[2], COLORS[4]):
+        assert coverage(image, color, header=0.2).sum() > 20
+
+
+def test_cores_loss_map_of_tensors_is_the_same_picture():
+    assert torch.equal(
+        plot_loss(loss=LOSSES), plot_loss(loss=[torch.tensor(value, dtype=torch.float64) for value in LOSSES])
+    )
+
+
+def test_a_falling_loss_is_drawn_falling():
+    heights = curve(plot_loss(loss=[1.0 - 0.01 * step for step in range(19)]), COLORS[0])
+    rows = [heights[column] for column in sorted(heights)]
+    assert rows[-1] - rows[0] > 100 and max(np.diff(rows)) < 8
+
+
+def test_nan_losses_are_a_gap_with_a_note():
+    losses = [0.5] * 10 + [math.nan] * 5 + [0.5] * 4
+    whole, holed = (curve(plot_loss(loss=values), COLORS[0]) for values in ([0.5] * 19, losses))
+    columns = sorted(set(whole) - set(holed))
+    assert columns and max(columns) - min(columns) + 1 == len(columns), "one gap, not many"
+    middle = (min(whole) + max(whole)) / 2
+    assert min(columns) <= middle + 0.2 * 512 and len(columns) > 0.15 * 512
+    note = plot_loss(loss=losses)[0, -30:] != plot_loss(loss=[0.5] * 19)[0, -30:]
+    assert note.any()
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [0.5],
+        [0.5] * 300,
+        [math.nan],
+        [math.inf, 0.1],
+        [math.nan] * 40,
+        [1e-30, 1e30],
+        [0.0, 0.0],
+        [-1.0, 2.0],
+        [1e300] * 3,
+    ],
+    ids=str,
+)
+def test_odd_runs_are_still_drawn(losses):
+    assert is_image(plot_loss(loss=losses))
+
+
+def test_the_running_mean_is_a_mean():
+    values = [1.0, 3.0, math.nan, 5.0, math.nan, math.nan, math.nan]
+    means = running_mean(values, 3)
+    assert means[:6] == [1.0, 2.0, 2.0, 4.0, 5.0, 5.0] and math.isnan(means[6])
+
+
+@pytest.mark.parametrize(
+    ("loss_map", "message"),
+    [
+        (None, 'expected a LOSS_MAP with a list "loss".*NoneType'),
+        ({}, "expected a LOSS_MAP.*nothing"),
+        ({"lr": [1.0]}, "expected a LOSS_MAP.*'lr'"),
+        ([0.1, 0.2], "expected a LOSS_MAP.*list"),
+        ({"loss": []}, "no losses: no training step was finished"),
+        ({"loss": "0.1"}, "loss must be a list of numbers, got str"),
+        ({"loss": 0.1}, "loss must be a list of numbers, got float"),
+        ({"loss": ["x" * 10_000]}, "loss must hold numbers, got str"),
+        ({"loss": [None]}, "loss must hold numbers, got NoneType"),
+        ({"loss": [torch.zeros(3)]}, "loss must hold numbers, got Tensor"),
+        ({"loss": [0.1, 0.2], "lr": [0.1]}, "lr has 1 values but loss has 2"),
+        ({"loss": [0.1], "loss_smoothed": [0.1, 0.2]}, "loss_smoothed has 2 values but loss has 1"),
+        (
+            {"loss": [0.1], "validation_steps": [1], "validation_loss": []},
+            "validation_loss has 0 values but validation_s",
+        ),
+        ({"loss": [0.1], "validation_base": "low"}, "validation_base must hold numbers, got str"),
+    ],
+)
+def test_bad_loss_maps_are_named(loss_map, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        PlotTraining.execute(loss_map, 512, 384)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_size_that_cannot_be_is_named():
+    with pytest.raises(ValueError, match="height must be 256 to 4096 pixels, got 8"):
+        plot_loss(512, 8, loss=[0.1])
+
+
+def test_fonts_cover_what_they_can():
+    assert canvas.font_for("plain", 15) is canvas.font_for("also plain", 15)
+    long = canvas.shorten("a very long label indeed", 15, 80)
+    assert long.endswith("...") and canvas.font_for(long, 15).getlength(long) <= 80
+    assert canvas.shorten("short", 15, 200) == "short"

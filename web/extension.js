@@ -1,0 +1,28 @@
+// Tidetable in the page: a live loss curve on Train LoRA, and the text that nodes return.
+// ComfyUI loads every .js file in this folder; this one alone registers something, the others only export.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { TEXT_NODES, addTextPanel } from "./text.js";
+import { TRAIN_NODE, addTrainingPanel, endRun, receive } from "./training.js";
+
+function linkStyles() {
+  const link = document.createElement("link");
+  link.rel = "stylesheet";
+  link.href = new URL("./tidetable.css", import.meta.url).href;
+  document.head.append(link);
+}
+
+// At the top level and not in setup(): a page that is reloaded during a run misses as little as possible.
+linkStyles();
+api.addEventListener("tidetable.train", ({ detail }) => receive(detail));
+for (const name of ["execution_error", "execution_interrupted"]) {
+  api.addEventListener(name, ({ detail }) => endRun(detail?.prompt_id));
+}
+
+app.registerExtension({
+  name: "Tidetable",
+  nodeCreated(node) {
+    if (node.comfyClass === TRAIN_NODE) addTrainingPanel(node);
+    if (Object.hasOwn(TEXT_NODES, node.comfyClass)) addTextPanel(node);
+  },
+});

@@ -1,0 +1,65 @@
+// A DOM element as the last row of a node, in canvas mode and in Vue mode ("Nodes 2.0"), never saved with the workflow.
+import { app } from "../../scripts/app.js";
+
+/**
+ * Add `element` to `node`. The panel is at least `minWidth` by `minHeight` pixels and grows with the node.
+ * `draw` is called whenever the element may need its content again: shown, resized, rebuilt by undo.
+ * The first class of `element` must be its own: it is how a stale copy is found.
+ */
+export function addPanel(node, element, { name, minWidth, minHeight, draw }) {
+  element.classList.add("tidetable-panel", "widget-expands"); // the latter lets it grow in Vue mode
+  element.style.minHeight = `${minHeight}px`; // Vue mode reads this, canvas mode getMinHeight
+  const widget = node.addDOMWidget(name, `tidetable_${name}`, element, {
+    serialize: false, // not in prompts
+    hideOnZoom: false,
+    getMinHeight: () => minHeight,
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false; // not in workflows
+  passWheelOn(element);
+
+  const refresh = () => {
+    replaceStale(node, element);
+    draw();
+  };
+  const observer = new ResizeObserver(draw);
+  observer.observe(element);
+  after(node, "onConfigure", () => requestAnimationFrame(() => requestAnimationFrame(refresh)));
+  after(node, "onRemoved", () => observer.disconnect());
+
+  // Without this the first frame draws the panel below the node's box, and its later growth counts as a user's change.
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width, minWidth), Math.max(node.size[1], height)]);
+  return refresh;
+}
+
+/** Call `action` after the node's own `method`, with the same arguments. */
+export function after(node, method, action) {
+  const original = node[method];
+  node[method] = function (...values) {
+    const result = original?.apply(this, values);
+    action.apply(this, values);
+    return result;
+  };
+}
+
+/** In Vue mode, frontend 1.32 keeps showing the element of the node that undo has replaced: put ours there. */
+function replaceStale(node, element) {
+  const isShown = globalThis.LiteGraph?.vueNodesMode && node.graph && node.graph === app.canvas?.graph;
+  if (!isShown || element.isConnected) return;
+  const host = document.querySelector(`[data-node-id="${CSS.escape(String(node.id))}"]`);
+  host?.getElementsByClassName(element.classList[0])[0]?.replaceWith(element);
+}
+
+/** In canvas mode the wheel would end in the element; the user means the canvas, unless there is something to scroll. */
+function passWheelOn(element) {
+  element.addEventListener("wheel", (event) => {
+    if (globalThis.LiteGraph?.vueNodesMode) return; // the node does it itself there
+    const area = event.target.closest?.("textarea");
+    const scrolls = area && area.scrollHeight > area.clientHeight && !event.ctrlKey;
+    if (scrolls) return;
+    event.preventDefault();
+    app.canvas.processMouseWheel(event);
+  });
+}
