@@ -108,7 +108,9 @@ def requested_digits(samples: int) -> list[str]:
     from tidetable.training.tiny_data import digit_batch
 
     workflow = json.loads(WORKFLOW.read_text())
-    prompts = [n for n in workflow["nodes"] if n["type"] == "Tidetable_TinyDataset" and "held out" in n["widgets_values"][0]]
+    prompts = [
+        n for n in workflow["nodes"] if n["type"] == "Tidetable_TinyDataset" and "held out" in n["widgets_values"][0]
+    ]
     _, count, seed, *_ = prompts[0]["widgets_values"]
     digits = [glyph.character for glyph in digit_batch(count, seed, "test")[2]]
     return [digit for digit in digits for _ in range(samples // count)]
@@ -121,12 +123,16 @@ def save_grid(before: list[Path], after: list[Path], path: Path, columns: int = 
     rows, gap = -(-len(before) // columns), 34
     canvas = Image.new("RGB", (columns * side, 2 * (rows * side + gap)), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(18)
-    for part, (title, paths) in enumerate((("before the LoRA", before), ("after the LoRA, same seeds and prompts", after))):
+    for part, (title, paths) in enumerate(
+        (("before the LoRA", before), ("after the LoRA, same seeds and prompts", after))
+    ):
         top = part * (rows * side + gap)
         draw.text((6, top + gap / 2), title, fill="black", font=font, anchor="lm")
         for number, file in enumerate(paths):
             # Prompts run across, the samples of one prompt run down.
-            column, row = divmod(number, rows) if len(paths) == rows * columns else (number % columns, number // columns)
+            column, row = (
+                divmod(number, rows) if len(paths) == rows * columns else (number % columns, number // columns)
+            )
             picture = Image.open(file).convert("RGB").resize((side, side), Image.Resampling.NEAREST)
             canvas.paste(picture, (column * side, top + gap + row * side))
     canvas.save(path)
@@ -134,7 +140,8 @@ def save_grid(before: list[Path], after: list[Path], path: Path, columns: int = 
 
 def print_report(files: dict[str, list[Path]], numbers: dict[str, float], seconds: float) -> None:
     where = OUTPUT.relative_to(Path.cwd()) if OUTPUT.is_relative_to(Path.cwd()) else OUTPUT
-    print(f"""
+    print(
+        f"""
 Done in {seconds:.0f} s. In {where}{os.sep}:
   schedules.png             the noise levels that three spacings visit on this model
   training.png              training loss and held-out validation loss, with the base model's as the reference line
@@ -146,7 +153,9 @@ Done in {seconds:.0f} s. In {where}{os.sep}:
   samples that look handwritten                        {numbers["style before"]:5.0%}        {numbers["style after"]:5.0%}
   samples that show the requested digit                {numbers["digits before"]:5.0%}        {numbers["digits after"]:5.0%}
 The classifiers never saw the model; on real held-out pictures they are right in {numbers["style judge"]:.1%} and {numbers["digits judge"]:.1%} of cases.
-(The digit reader was trained on handwritten digits only, so rendered ones confuse it.)""", flush=True)
+(The digit reader was trained on handwritten digits only, so rendered ones confuse it.)""",
+        flush=True,
+    )
 
 
 def wait_for_person(server: Server) -> None:

@@ -62,13 +62,13 @@ def ensure(root: Path, status: StatusLine | None = None) -> Environment:
     def waiting():
         status.line("Another dev.py is preparing the environment of this checkout: waiting for it …")
 
-    with _clear_errors(root), file_lock(scratch / "lock", waiting):
+    with _clear_errors(root), file_lock(scratch / "lock", waiting) as lock:
         if not _is_ready(root):
             status.line("Preparing the environment (.venv and .comfyui in this folder); this happens once.")
             require_disk(root, DISK_NEEDED["cuda" if _has_nvidia() else "cpu"])
             log = scratch / "setup.log"
             log.write_text("")
-            pip = Pip(environment.python, log, scratch / "tmp", status)
+            pip = Pip(environment.python, log, scratch / "tmp", status, (lock,))
             _build_venv(root, pip, status)
             _build_comfyui(root, pip, status)
             _install_requirements(root, pip)
@@ -130,7 +130,8 @@ def _create_venv(folder: Path, pip: Pip) -> None:
     if not has_ensurepip:
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
         target = subprocess.check_output([str(_python_in(folder)), "-c", code], text=True).strip()
-        Pip(Path(sys.executable), pip.log, pip.temporary, pip.status).install("pip", "--target", target, "pip")
+        system = Pip(Path(sys.executable), pip.log, pip.temporary, pip.status, pip.inherited)
+        system.install("pip", "--target", target, "pip")
 
 
 def _build_comfyui(root: Path, pip: Pip, status: StatusLine) -> None:

@@ -34,9 +34,7 @@ def accuracy(judge: Judge, images: Tensor, wanted: list[str]) -> float:
 @cache
 def glyph_judge(count: int = 6000) -> Judge:
     """Reads the 36 characters; trained on renderings that no model was trained on."""
-    return _judge(
-        lambda seed, n: glyph_batch(n, seed), count, lambda batch: [glyph.character for glyph in batch[2]]
-    )
+    return _judge(lambda seed, n: glyph_batch(n, seed), count, lambda batch: [glyph.character for glyph in batch[2]])
 
 
 @cache
@@ -84,5 +82,3 @@ def _ink_map(image: Tensor) -> np.ndarray:
     square[top : top + height, left : left + width] = box
     scaled = torch.nn.functional.interpolate(square[None, None], size=(SIDE, SIDE), mode="bilinear", antialias=True)
     return scaled.flatten().numpy()
-
-

@@ -1,7 +1,7 @@
 """Load this checkout under one canonical name, and make a ComfyUI checkout importable in this process.
 
-Inside ComfyUI the module name of the pack is its absolute path. Tests, benchmarks and scripts need a stable one: they load
-the same folder as `tidetable`: `from tidetable.schedules import shift`, `from tidetable.tests.gaussians import …`.
+Inside ComfyUI the module name of the pack is its absolute path. Tests, benchmarks and scripts need a stable one: they
+load the same folder as `tidetable`: `from tidetable.schedules import shift`, `from tidetable.tests.gaussians import …`.
 """
 
 import importlib

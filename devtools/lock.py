@@ -29,12 +29,15 @@ else:
 
 
 @contextmanager
-def file_lock(path: Path, on_wait: Callable[[], None] = lambda: None, poll_seconds: float = 0.2) -> Iterator[None]:
-    """Hold the lock file `path` exclusively. `on_wait` is called once when another process has it."""
+def file_lock(path: Path, on_wait: Callable[[], None] = lambda: None, poll_seconds: float = 0.2) -> Iterator[int]:
+    """Hold the lock file `path` exclusively. `on_wait` is called once when another process has it.
+
+    Yields the file descriptor of the lock: a child process that inherits it keeps the lock until it ends too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as handle:
         if not _try_lock(handle):
             on_wait()
             while not _try_lock(handle):
                 time.sleep(poll_seconds)
-        yield  # closing the file releases the lock
+        yield handle.fileno()  # closing the file releases the lock

@@ -42,10 +42,15 @@ class NotOfferedError(DevError):
 
 
 class Pip:
-    """pip of one Python. `temporary` is where it downloads to, on the same disk as the environment."""
+    """pip of one Python. `temporary` is where it downloads to, on the same disk as the environment.
 
-    def __init__(self, python: Path, log: Path, temporary: Path, status: StatusLine):
+    The file descriptors in `inherited` stay open in its process: with a lock among them, a pip that outlives a killed
+    dev.py keeps the next one out until it is done.
+    """
+
+    def __init__(self, python: Path, log: Path, temporary: Path, status: StatusLine, inherited: tuple[int, ...] = ()):
         self.python, self.log, self.temporary, self.status = python, log, temporary, status
+        self.inherited = inherited if os.name == "posix" else ()
         self.variables = {name: value for name, value in os.environ.items() if name not in _MISLEADING}
         self.variables |= {"TMPDIR": str(temporary), "PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1"}
         temporary.mkdir(parents=True, exist_ok=True)
@@ -69,7 +74,14 @@ class Pip:
         started = time.monotonic()
         self.status.line(f"Fetching {title} …")
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=self.variables
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=self.variables,
+            pass_fds=self.inherited,
         )
         try:
             with self.log.open("a") as log:

@@ -273,7 +273,7 @@ class Figure:
             for run in _runs(line, x_axis, y_axis):
                 self._stroke(draw, [(x * width * s, (1 - y) * height * s) for x, y in run], line)
         low = height * s - hair
-        draw.line([(hair, 0), (hair, low), (width * s, low)], MUTED, hair * 2)
+        draw.line([(hair, 0), (hair, low), (width * s, low)], MUTED, round(1.3 * hair))
         self.image.paste(area.resize((width, height), Image.Resampling.LANCZOS), (left, top))
 
     def _stroke(self, draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], line: Line) -> None:

@@ -177,7 +177,7 @@ def patch_zero_terminal_snr(model: ModelPatcher) -> ModelPatcher:
             f"zero terminal SNR is defined for v and x0 models with a discrete noise table, not for {class_names(host)}"
         )
     patched = copy.deepcopy(host)
-    alpha_bar = 1.0 / (1.0 + host.sigmas.double() ** 2)
+    alpha_bar = 1.0 / (1.0 + host.sigmas.cpu().double() ** 2)
     if float(alpha_bar[-1]) <= 1.001 * TERMINAL_ALPHA_BAR:
         logger.info("the model has zero terminal SNR already; its noise table is kept")
     else:

@@ -29,6 +29,8 @@ _UNET = {
     "transformer_depth_output": [0, 0, 1, 1, 1, 1],
     "transformer_depth_middle": 1,
     "context_dim": CONTEXT_WIDTH,
+    "num_classes": "sequential",  # the pooled text joins the time embedding, as in SDXL
+    "adm_in_channels": CONTEXT_WIDTH,
     "num_heads": -1,
     "num_head_channels": 16,
     "use_spatial_transformer": True,
@@ -54,6 +56,14 @@ _MMDIT = {
 }
 
 
+class TinyUNet(comfy.model_base.BaseModel):
+    """ComfyUI's U-Net model with the pooled text [B, 128] as its vector conditioning."""
+
+    def encode_adm(self, **kwargs) -> Tensor:
+        pooled = kwargs.get("pooled_output")
+        return torch.zeros(1, CONTEXT_WIDTH, device=kwargs["device"]) if pooled is None else pooled
+
+
 @dataclass(frozen=True)
 class TinySpec:
     """What one embedded model is; `sampling` is ComfyUI's `sampling_settings`."""
@@ -66,9 +76,9 @@ class TinySpec:
 
 
 TINY_SPECS = {
-    "unet-eps": TinySpec("tiny-unet-eps", comfy.model_base.BaseModel, comfy.model_base.ModelType.EPS, _UNET),
+    "unet-eps": TinySpec("tiny-unet-eps", TinyUNet, comfy.model_base.ModelType.EPS, _UNET),
     "unet-v": TinySpec(
-        "tiny-unet-v", comfy.model_base.BaseModel, comfy.model_base.ModelType.V_PREDICTION, _UNET, {"zsnr": True}
+        "tiny-unet-v", TinyUNet, comfy.model_base.ModelType.V_PREDICTION, _UNET, {"zsnr": True}
     ),
     "mmdit-flow": TinySpec(
         "tiny-mmdit-flow",

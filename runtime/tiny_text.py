@@ -67,7 +67,7 @@ class TinyTextModel(nn.Module):
     """Word vectors [V, 64] to a conditioning [B, 20, 128]: each token's own vector beside those of the two before it.
 
     The window binds "bright green" to "letter" and "dark blue" to "background" without learned positions.
-    The pooled output [B, 128] is the mean over the words.
+    The pooled output [B, 128] is the sum over the words, divided by the root of their number: unit variance, 0 for no words.
     """
 
     def __init__(self, device="cpu", dtype=None, model_options=None):
@@ -101,7 +101,7 @@ class TinyTextModel(nn.Module):
         before = [nn.functional.pad(own, (0, 0, k, 0))[:, :-k] @ self.window[k - 1] for k in (1, 2)]
         cond = torch.cat([own, *before], dim=-1)
         real = (ids > VOCABULARY["<end>"]).float()[..., None]
-        pooled = (cond * real).sum(1) / real.sum(1).clamp_min(1)
+        pooled = (cond * real).sum(1) / real.sum(1).clamp_min(1).sqrt()
         return cond.flatten(0, 1)[None] if len(pairs) > 1 else cond, pooled[:1]
 
     def load_sd(self, sd: dict):

@@ -145,7 +145,7 @@ class VP(NoiseProcess):
 
         Equal neighbors become one row: Stable Cascade's table is clamped at both ends.
         """
-        ratios = torch.unique_consecutive(ratios.detach().to(device="cpu", dtype=torch.float64))
+        ratios = torch.unique_consecutive(ratios.detach().cpu().double())
         return cls(tuple((1.0 / (1.0 + ratios**2)).tolist()))
 
     def zero_terminal(self) -> "VP":

@@ -37,7 +37,7 @@ def flow_grid(shift: float = 1.0, rows: int = 1000) -> NoiseGrid:
 
 def table_grid(sigmas: Tensor) -> NoiseGrid:
     """Any ascending table of positive sigmas [N]; ln sigma is linear between rows, and constant below the first one."""
-    sigmas = sigmas.detach().to(device="cpu", dtype=torch.float64)
+    sigmas = sigmas.detach().cpu().double()
     log_sigmas = sigmas.log()
     last = len(sigmas) - 1
 
@@ -68,7 +68,7 @@ def simple(grid: NoiseGrid, steps: int) -> Tensor:
 def karras(grid: NoiseGrid, steps: int, rho: float = 7.0) -> Tensor:
     """sigma^(1/rho) linear between the ends (Karras et al. 2022, arXiv:2206.00364, Eq. 5).
 
-    Made for eps and v models: on flow it ignores the shift and spends half of the steps below sigma 0.07.
+    Made for eps and v models: on flow it ignores the shift and spends about half of the steps below sigma 0.1.
     """
     high, low = float(grid.sigmas[-1]) ** (1.0 / rho), float(grid.sigmas[0]) ** (1.0 / rho)
     return _with_zero(torch.linspace(high, low, steps, dtype=torch.float64) ** rho)

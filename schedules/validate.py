@@ -28,7 +28,7 @@ def require_sigmas(sigmas: Tensor, name: str = "sigmas", strict: bool = True) ->
             f"{name} has {len(sigmas)} value(s), so no step; a schedule needs at least 2 (was denoise 0, "
             "or the split at an end?)"
         )
-    sigmas = sigmas.detach().to(device="cpu", dtype=torch.float64)
+    sigmas = sigmas.detach().cpu().double()
     bad = ~torch.isfinite(sigmas)
     if bad.any():
         at = int(bad.nonzero()[0])
