@@ -95,6 +95,8 @@ def _test(options: argparse.Namespace, rest: list[str]) -> int:
     here = environment.ensure()
     here.require("pytest", "pytest_timeout", "hypothesis", "playwright")
     variables = here.variables()
+    # The models of the tests are tiny: more threads only wait for each other, above all on a busy machine.
+    variables.setdefault("OMP_NUM_THREADS", "1")
     if browser.is_wanted(rest):
         found = browser.find() or browser.install()
         if found:

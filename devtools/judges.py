@@ -73,8 +73,8 @@ def _ink_map(image: Tensor) -> np.ndarray:
     border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], dim=1)
     distance = (image - border.median(dim=1).values[:, None, None]).norm(dim=0)
     ink = (distance / distance.flatten().quantile(0.97).clamp_min(1e-4)).clamp(0, 1)
-    rows, columns = (torch.nonzero(ink.amax(dim) > 0.5).flatten() for dim in (1, 0))
-    box = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    rows, columns = (torch.nonzero(ink.amax(dim) > 0.43).flatten() for dim in (1, 0))
+    box = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if len(rows) else ink
     height, width = box.shape
     side = max(height, width)
     square = torch.zeros(side, side)

@@ -6,15 +6,8 @@ to be very dark and very bright. Sampled by ComfyUI's own Euler sampler.
 
 import argparse
 import json
-import sys
+from dataclasses import replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from devtools.loading import load_checkout, prepare_host
-
-
-prepare_host()
-load_checkout()
 
 import comfy.sample
 import comfy.samplers
@@ -22,7 +15,7 @@ import torch
 from devtools.judges import accuracy, glyph_judge
 from PIL import Image
 from tidetable.runtime import tiny
-from tidetable.training.tiny_data import CHARACTERS, glyph_batch
+from tidetable.training.tiny_data import CHARACTERS, glyph_batch, render_glyph
 
 
 STEPS, CFG, SEED, BATCH = 30, 3.0, 77, 60
@@ -65,10 +58,6 @@ def main() -> None:
 
 
 def brightness_of(glyphs, word: str) -> float:
-    from dataclasses import replace
-
-    from tidetable.training.tiny_data import render_glyph
-
     return float(sum(render_glyph(replace(glyph, brightness=word)).mean() for glyph in glyphs) / len(glyphs))
 
 

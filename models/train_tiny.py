@@ -6,16 +6,8 @@ The three runs are independent: start them side by side. Data, order, noise and 
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from devtools.loading import load_checkout, prepare_host
-
-
-prepare_host()
-load_checkout()
 
 import torch
 from safetensors.torch import save_file
@@ -34,8 +26,8 @@ HELD_OUT_SEED = 1_000_003
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tiny.TINY_MODELS, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--images", type=int, default=40_960)
     parser.add_argument("--seed", type=int, default=0)

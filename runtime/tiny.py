@@ -216,7 +216,7 @@ def initialize(network: nn.Module, seed: int) -> None:
         if parameter.ndim >= 2:
             fan_in = parameter[0].numel()
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
-            if name.endswith(_NEAR_ZERO):
+            if name.endswith(NEAR_ZERO):
                 parameter.mul_(0.02)
         elif name.endswith("bias"):
             parameter.zero_()
@@ -224,7 +224,7 @@ def initialize(network: nn.Module, seed: int) -> None:
             parameter.fill_(1.0)
 
 
-_NEAR_ZERO = (
+NEAR_ZERO = (
     "out_layers.3.weight",  # U-Net ResBlock
     "proj_out.weight",  # U-Net transformer
     "out.2.weight",  # U-Net output

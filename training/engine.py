@@ -93,7 +93,7 @@ class Trainer:
         x0 = torch.stack([self.dataset.latents[i] for i in rows])
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         flow = self.denoiser.process.name == "flow"
-        t = self.denoiser.snap(sample_t(self.config, len(rows), flow, self.denoiser.shift, generator)).to(x0.device)
+        t = self.denoiser.snap(sample_t(self.config, len(rows), flow, self.denoiser.shift, generator))
         keep = torch.rand(len(rows), generator=generator) >= self.config.caption_dropout
         conditions = [
             self.dataset.conditions[i] if kept else self.dataset.empty_condition

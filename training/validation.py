@@ -24,7 +24,7 @@ def validate(denoiser: TrainableDenoiser, dataset: Dataset, batch_size: int, see
                 rows = group[start : start + batch_size]
                 x0 = torch.stack([dataset.latents[i] for i in rows])
                 eps = torch.stack([_noise(x0[0], seed, i * len(VALIDATION_T) + level) for i in rows]).to(x0)
-                levels = denoiser.snap(torch.full((len(rows),), t, dtype=torch.float64)).to(x0.device)
+                levels = denoiser.snap(torch.full((len(rows),), t, dtype=torch.float64))
                 losses = loss_for_batch(denoiser, x0, [dataset.conditions[i] for i in rows], eps, levels)
                 total += losses.double().sum().item()
         by_t.append((t, total / len(dataset)))
