@@ -56,7 +56,7 @@ def checked(rows: Iterable[Iterable[Any]]) -> Iterator[dict[str, Any]]:
         values = tuple(row)
         if len(values) != len(FIELDS):
             raise DevError(f"A benchmark yielded {values!r}: a row is ({', '.join(FIELDS)}).")
-        named = dict(zip(FIELDS, values, strict=True))
+        named: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
         named["value"] = float(named["value"])
         yield named
 

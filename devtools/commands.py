@@ -15,6 +15,9 @@ from .errors import DevError, as_dev_error
 DEVTOOLS = Path(__file__).absolute().parent
 RUN_FILE = DEVTOOLS / "run_file.py"
 
+# The embedded models are tiny: more threads mostly wait for each other, on a busy machine for minutes.
+ONE_THREAD = ("OMP_NUM_THREADS", "1")
+
 DESCRIPTION = """\
 Develop and try ComfyUI-Tidetable. The first run makes an environment inside this folder (.venv, .comfyui), unless
 COMFYUI_PATH names a ComfyUI (and COMFYUI_PYTHON the Python that runs it) or this folder sits in its custom_nodes.
@@ -72,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
+    os.environ.setdefault(*ONE_THREAD)
     return _run_file(environment.ensure(), DEVTOOLS / "demo.py", [*(["--keep"] if options.keep else []), *rest])
 
 
@@ -95,8 +99,7 @@ def _test(options: argparse.Namespace, rest: list[str]) -> int:
     here = environment.ensure()
     here.require("pytest", "pytest_timeout", "hypothesis", "playwright")
     variables = here.variables()
-    # The models of the tests are tiny: more threads only wait for each other, above all on a busy machine.
-    variables.setdefault("OMP_NUM_THREADS", "1")
+    variables.setdefault(*ONE_THREAD)
     if browser.is_wanted(rest):
         found = browser.find() or browser.install()
         if found:
@@ -113,8 +116,8 @@ def _lint(options: argparse.Namespace, rest: list[str]) -> int:
         subprocess.run([python, "-m", "ruff", "check", "--fix", "--quiet", "."], cwd=ROOT)
         subprocess.run([python, "-m", "ruff", "format", "--quiet", "."], cwd=ROOT)
     checks = {
-        "ruff check": [python, "-m", "ruff", "check", "."],
-        "ruff format": [python, "-m", "ruff", "format", "--check", "."],
+        "ruff check": [python, "-m", "ruff", "check", "--output-format", "concise", "."],
+        "ruff format": [python, "-m", "ruff", "format", "--check", "--output-format", "concise", "."],
         "pyright": [python, "-m", "pyright", "--pythonpath", python, "--level", "error"],
     }
     failed = []

@@ -14,8 +14,7 @@ from pathlib import Path
 from .errors import DevError
 
 
-# Not resolved: reached through a link in custom_nodes, the folder that holds the link is what counts.
-ROOT = Path(__file__).absolute().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 _PYTHONS = ("bin/python", "Scripts/python.exe")
 
@@ -57,7 +56,7 @@ class Environment:
 
 
 def find() -> Environment | None:
-    """The ComfyUI that is already there (`COMFYUI_PATH`, or the one around this folder), or None."""
+    """The ComfyUI that is there already: `COMFYUI_PATH`, or the one with this folder in its custom_nodes; or None."""
     named = os.environ.get("COMFYUI_PATH")
     if named:
         comfyui = Path(named).expanduser().absolute()
@@ -67,11 +66,17 @@ def find() -> Environment | None:
                 "point it at the folder that holds main.py, or unset it."
             )
         return Environment(comfyui, python_of(comfyui), managed=False)
-    for folder in (ROOT, ROOT.resolve()):
+    for folder in (ROOT, _folder_as_typed()):
         comfyui = folder.parent.parent
         if folder.parent.name == "custom_nodes" and is_comfyui(comfyui):
             return Environment(comfyui, python_of(comfyui), managed=False)
     return None
+
+
+def _folder_as_typed() -> Path:
+    """This checkout as the user reached it: Python resolves a link in custom_nodes, the shell does not."""
+    folder = Path(os.environ.get("PWD", "."), sys.argv[0]).absolute().parent
+    return folder if folder.resolve() == ROOT else ROOT
 
 
 def is_comfyui(folder: Path) -> bool:

@@ -52,13 +52,13 @@ class NodeProgress:
     def _finish(self) -> None:
         if self._node is None:
             return
-        self._done += 1
         seconds = time.monotonic() - self._since
         self.status.line(self._line(f"{bar(1, 1)}  {seconds:.1f} s"))
         self._node = None
+        self._done += 1
 
     def _line(self, right: str) -> str:
-        count = f"[{min(self._done + self._cached + (self._node is not None), len(self.titles)):>2}/{len(self.titles)}]"
+        count = f"[{min(self._done + self._cached + 1, len(self.titles)):>2}/{len(self.titles)}]"
         title = self.titles.get(str(self._node), str(self._node))
         return f"  {count} {title:<34.34} {right}".rstrip()
 

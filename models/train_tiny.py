@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tidetable.runtime import tiny
 from tidetable.runtime.trainable import ComfyDenoiser, training_session
 from tidetable.training.config import TrainConfig
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40_960)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--start", type=Path, help="go on from these weights, with another seed, instead of from scratch")
     parser.add_argument("--output", type=Path, default=tiny.MODELS_DIR)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -40,7 +41,7 @@ def main() -> None:
     clip = tiny.load_tiny_clip()
     if not tiny.TEXT_FILE.exists():
         save_half(clip.cond_stage_model.state_dict(), tiny.TEXT_FILE, {"description": "fixed word vectors, seed 0"})
-    patcher = tiny.build_patcher(args.model, seed=args.seed)
+    patcher = tiny.build_patcher(args.model, load_file(args.start) if args.start else None, args.seed)
     config = TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,
@@ -81,6 +82,7 @@ def train(trainer: Trainer, args: argparse.Namespace, patcher) -> None:
                 "batch_size": str(args.batch_size),
                 "learning_rate": str(args.learning_rate),
                 "images": str(args.images),
+                "start": args.start.name if args.start else "",
                 "validation": json.dumps(event.by_t),
                 "seconds": f"{time.monotonic() - started:.0f}",
                 "modelspec.sai_model_spec": "1.0.0",

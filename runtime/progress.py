@@ -1,5 +1,6 @@
 """A training run's events on their way to the user: ComfyUI's progress bar, the page, and the cancel button on its way back."""
 
+import math
 import sys
 import time
 
@@ -67,8 +68,10 @@ class TrainingReporter:
             "seconds": now - self.started,
         })
 
-    def _send(self, payload: dict) -> None:
+    def _send(self, payload: dict[str, float]) -> None:
         # Looked up, not imported: in a script or a test there is no server, and importing it would start half of one.
         server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
         if server is not None and self.node_id is not None:
-            server.send_sync(EVENT, {"node": self.node_id, "prompt_id": self.prompt_id, **payload})
+            # JSON has no nan or inf, and a page that cannot parse a message drops it.
+            numbers = {name: value if math.isfinite(value) else None for name, value in payload.items()}
+            server.send_sync(EVENT, {"node": self.node_id, "prompt_id": self.prompt_id, **numbers})

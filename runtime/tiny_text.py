@@ -21,6 +21,7 @@ HASH_BUCKETS = 256
 _SPECIAL = ("<pad>", "<begin>", "<end>")
 _WORDS = ("a", "on", "letter", "digit", "background", "very", "dark", "bright", "handwritten", *HUES)
 VOCABULARY = {word: index for index, word in enumerate((*_SPECIAL, *_WORDS, *(f"glyph:{c}" for c in CHARACTERS)))}
+_FIRST_GLYPH = VOCABULARY[f"glyph:{CHARACTERS[0]}"]
 VOCABULARY_SIZE = len(VOCABULARY) + HASH_BUCKETS
 
 
@@ -67,7 +68,8 @@ class TinyTextModel(nn.Module):
     """Word vectors [V, 64] to a conditioning [B, 20, 128]: each token's own vector beside those of the two before it.
 
     The window binds "bright green" to "letter" and "dark blue" to "background" without learned positions.
-    The pooled output [B, 128] is the sum over the words, divided by the root of their number: unit variance, 0 for no words.
+    The pooled output [B, 128] is the conditioning of the last character that is named (as CLIP's is that of the end token); where
+    none is named, the sum over the words divided by the root of their number; 0 for no words.
     """
 
     def __init__(self, device="cpu", dtype=None, model_options=None):
@@ -102,6 +104,9 @@ class TinyTextModel(nn.Module):
         cond = torch.cat([own, *before], dim=-1)
         real = (ids > VOCABULARY["<end>"]).float()[..., None]
         pooled = (cond * real).sum(1) / real.sum(1).clamp_min(1).sqrt()
+        glyph = (ids >= _FIRST_GLYPH) & (ids < len(VOCABULARY))
+        last = (glyph * torch.arange(1, ids.shape[1] + 1, device=device)).argmax(1)
+        pooled = torch.where(glyph.any(1, keepdim=True), cond[torch.arange(len(ids), device=device), last], pooled)
         return cond.flatten(0, 1)[None] if len(pairs) > 1 else cond, pooled[:1]
 
     def load_sd(self, sd: dict):

@@ -156,13 +156,15 @@ def test_a_full_disk_is_one_line(tmp_path: Path):
 # ── which environment ──────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_comfyui_around_the_checkout_is_found(fake_comfyui: Path, monkeypatch):
+@pytest.mark.parametrize("typed", ["dev.py", "{pack}/dev.py"])
+def test_a_comfyui_with_a_link_to_the_checkout_is_found(fake_comfyui: Path, tmp_path: Path, monkeypatch, typed):
     pack = fake_comfyui / "custom_nodes" / "ComfyUI-Tidetable"
     pack.parent.mkdir()
     pack.symlink_to(ROOT, target_is_directory=True)
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     monkeypatch.setenv("COMFYUI_PYTHON", sys.executable)
-    monkeypatch.setattr(environment, "ROOT", pack)
+    monkeypatch.setenv("PWD", str(pack if typed == "dev.py" else tmp_path))
+    monkeypatch.setattr(sys, "argv", [typed.format(pack=pack), "test"])
     found = environment.find()
     assert found is not None
     assert (found.comfyui, found.python, found.managed) == (fake_comfyui, Path(sys.executable), False)
@@ -420,6 +422,7 @@ def test_progress_in_a_log_has_one_line_per_node(tmp_path: Path):
         log.seek(0)
         lines = [line for line in log.read().splitlines() if "█" * 24 in line]
     assert [line.split("]")[1].split()[0] for line in lines] == ["first", "second"]
+    assert [line.split("]")[0].strip() for line in lines] == ["[ 1/2", "[ 2/2"]
 
 
 def test_a_saved_graph_becomes_a_prompt():

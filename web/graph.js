@@ -12,7 +12,7 @@ export function findNode(executionId) {
   return node;
 }
 
-/** A key that stays the same when the page rebuilds a node (undo, another tab and back), and differs between workflows. */
+/** A key that stays the same when the page rebuilds a node (undo, tabs), and differs between workflows. */
 export function placeOf(node) {
   return `${node.graph?.id}/${node.id}`;
 }

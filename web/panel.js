@@ -12,12 +12,13 @@ export function addPanel(node, element, { name, minWidth, minHeight, draw }) {
   const widget = node.addDOMWidget(name, `tidetable_${name}`, element, {
     serialize: false, // not in prompts
     hideOnZoom: false,
+    hideInPanel: true, // newer pages list widgets in a side panel too, where there is nothing to set here
     getMinHeight: () => minHeight,
     getValue: () => "",
     setValue: () => {},
   });
   widget.serialize = false; // not in workflows
-  passWheelOn(element);
+  passOn(element);
 
   const refresh = () => {
     replaceStale(node, element);
@@ -52,14 +53,19 @@ function replaceStale(node, element) {
   host?.getElementsByClassName(element.classList[0])[0]?.replaceWith(element);
 }
 
-/** In canvas mode the wheel would end in the element; the user means the canvas, unless there is something to scroll. */
-function passWheelOn(element) {
-  element.addEventListener("wheel", (event) => {
-    if (globalThis.LiteGraph?.vueNodesMode) return; // the node does it itself there
+/** In canvas mode, wheel and middle button would end in the element. The user means the canvas, or scrolling text. */
+function passOn(element) {
+  const pass = (name, method, isMeant) =>
+    element.addEventListener(name, (event) => {
+      if (globalThis.LiteGraph?.vueNodesMode || !isMeant(event)) return; // Vue nodes do it themselves
+      event.preventDefault();
+      app.canvas[method](event);
+    });
+  pass("wheel", "processMouseWheel", (event) => {
     const area = event.target.closest?.("textarea");
-    const scrolls = area && area.scrollHeight > area.clientHeight && !event.ctrlKey;
-    if (scrolls) return;
-    event.preventDefault();
-    app.canvas.processMouseWheel(event);
+    return event.ctrlKey || !area || area.scrollHeight <= area.clientHeight;
   });
+  pass("pointerdown", "processMouseDown", (event) => event.button === 1);
+  pass("pointermove", "processMouseMove", (event) => (event.buttons & 4) !== 0);
+  pass("pointerup", "processMouseUp", (event) => event.button === 1);
 }

@@ -37,44 +37,60 @@ export function lossRange(run) {
   return [low >= 0 ? Math.max(0, low - pad) : low - pad, high + pad];
 }
 
-/** Replace the content of `svg` by the curve of `run`, which has at least one point or validation, at this size in pixels. */
+/** Replace the content of `svg`, of this size in pixels, by the curve of `run`, which has a point or a validation. */
 export function drawLoss(svg, run, width, height) {
   const inner = { width: width - MARGIN.left - MARGIN.right, height: height - MARGIN.top - MARGIN.bottom };
   if (inner.width < 20 || inner.height < 20) return svg.replaceChildren();
   const [low, high] = lossRange(run);
-  const end = Math.max(run.steps, run.step, 1);
-  const x = (step) => (step / end) * inner.width;
+  const last = Math.max(run.steps, run.step, 1);
+  const x = (step) => (step / last) * inner.width;
   const y = (loss) => inner.height * (1 - (loss - low) / (high - low));
-  const path = (points, value) => points.map((p, i) => `${i ? "L" : "M"}${x(p.step).toFixed(1)} ${y(p[value]).toFixed(1)}`).join("");
-
-  // A nested <svg> clips: rare spikes leave the picture instead of flattening it.
-  const plot = make("svg", { x: MARGIN.left, y: MARGIN.top, ...inner, overflow: "hidden" });
-  const axes = make("g", { class: "tidetable-axes" });
   const losses = ticks(low, high, Math.min(5, Math.floor(inner.height / 22)));
-  const digits = decimals(losses);
+  const steps = ticks(0, last, Math.min(5, Math.floor(inner.width / 60))).filter(Number.isInteger);
+  // A nested <svg> clips: rare spikes leave the picture instead of flattening it.
+  const plot = make(
+    "svg",
+    { x: MARGIN.left, y: MARGIN.top, ...inner, overflow: "hidden" },
+    ...losses.map((loss) => level(inner.width, y(loss), "tidetable-grid")),
+    ...curves(run, inner.width, x, y),
+  );
+  const format = tickFormat(losses);
+  const axes = make("g", { class: "tidetable-axes" });
   for (const loss of losses) {
-    plot.append(make("line", { class: "tidetable-grid", x1: 0, x2: inner.width, y1: y(loss), y2: y(loss) }));
-    axes.append(make("text", { x: MARGIN.left - 5, y: MARGIN.top + y(loss) + 3, "text-anchor": "end" }, loss.toFixed(digits)));
+    const place = { x: MARGIN.left - 5, y: MARGIN.top + y(loss) + 3, "text-anchor": "end" };
+    axes.append(make("text", place, format(loss)));
   }
-  for (const step of ticks(0, end, Math.min(5, Math.floor(inner.width / 60))).filter(Number.isInteger)) {
-    const anchor = x(step) > inner.width - 14 ? "end" : "middle";
-    const place = { x: MARGIN.left + x(step) + (anchor === "end" ? MARGIN.right : 0), y: height - 4, "text-anchor": anchor };
-    axes.append(make("text", place, String(step)));
-  }
-  plot.append(make("path", { class: "tidetable-raw", d: path(run.points, "loss") }));
-  plot.append(make("path", { class: "tidetable-smooth", d: path(run.points, "smooth") }));
-  if (run.base !== undefined) {
-    plot.append(make("line", { class: "tidetable-base", x1: 0, x2: inner.width, y1: y(run.base), y2: y(run.base) }));
-  }
-  plot.append(make("path", { class: "tidetable-validation", d: path(run.validations, "loss") }));
-  for (const { step, loss } of run.validations) {
-    plot.append(make("circle", { class: "tidetable-dot", cx: x(step), cy: y(loss), r: 3 }));
+  for (const step of steps) {
+    const hangsOver = x(step) > inner.width - 14;
+    const place = { x: hangsOver ? width - 2 : MARGIN.left + x(step), y: height - 4 };
+    axes.append(make("text", { ...place, "text-anchor": hangsOver ? "end" : "middle" }, String(step)));
   }
   svg.replaceChildren(axes, plot);
 }
 
-/** Digits after the point that tell these evenly spaced numbers apart. */
-function decimals(values) {
+/** Losses, their average, and validation, in the coordinates of the functions x(step) and y(loss). */
+function curves(run, width, x, y) {
+  const path = (points, value, className) => {
+    const corner = (point, index) => `${index ? "L" : "M"}${x(point.step).toFixed(1)} ${y(point[value]).toFixed(1)}`;
+    return make("path", { class: className, d: points.map(corner).join("") });
+  };
+  return [
+    path(run.points, "loss", "tidetable-raw"),
+    path(run.points, "smooth", "tidetable-smooth"),
+    ...(run.base === undefined ? [] : [level(width, y(run.base), "tidetable-base")]),
+    path(run.validations, "loss", "tidetable-validation"),
+    ...run.validations.map((one) => make("circle", { class: "tidetable-dot", cx: x(one.step), cy: y(one.loss), r: 3 })),
+  ];
+}
+
+/** A horizontal line at y. */
+function level(width, y, className) {
+  return make("line", { class: className, x1: 0, x2: width, y1: y, y2: y });
+}
+
+/** A function that writes these evenly spaced numbers so that they can be told apart. */
+function tickFormat(values) {
   const step = values.length > 1 ? values[1] - values[0] : values[0] || 1;
-  return Math.min(8, Math.max(0, -Math.floor(Math.log10(Math.abs(step)) + 1e-9)));
+  const digits = Math.max(0, -Math.floor(Math.log10(Math.abs(step)) + 1e-9));
+  return digits > 4 ? (value) => value.toExponential(1) : (value) => value.toFixed(digits);
 }

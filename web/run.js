@@ -49,7 +49,7 @@ export class Run {
     const gap = Math.max(1, step - this.step);
     Object.assign(this, { step, steps, seconds, learningRate: lr, stopped: false });
     if (!Number.isFinite(loss)) return; // a skipped step
-    // Exponential average over about steps / 25 steps. Dividing by the weights' sum removes the start's bias (as in Adam).
+    // Exponential average over about steps / 25 steps. Dividing by the weights' sum removes the start's bias.
     const keep = Math.exp(-gap / Math.min(200, Math.max(5, steps / 25)));
     this.sum = keep * this.sum + (1 - keep) * loss;
     this.weight = keep * this.weight + (1 - keep);

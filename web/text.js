@@ -56,7 +56,7 @@ function keep(place, text) {
   if (texts.size > MAX_KEPT) texts.delete(texts.keys().next().value);
 }
 
-/** Copy all of the area's text; true when that worked. Without https there is no clipboard: then the text is selected. */
+/** Copy all of the area's text; true when that worked. Without https there is no clipboard: it is selected then. */
 async function copy(area) {
   try {
     await navigator.clipboard.writeText(area.value);

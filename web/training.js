@@ -6,7 +6,7 @@ import { Run } from "./run.js";
 
 export const TRAIN_NODE = "Tidetable_TrainLoRA";
 
-const MIN_WIDTH = 340;
+const MIN_WIDTH = 370;
 const MIN_HEIGHT = 210;
 const MAX_KEPT = 50;
 
@@ -17,7 +17,7 @@ const runAt = new Map();
 /** Node -> the function that draws its panel. */
 const panels = new WeakMap();
 
-/** Take one event: {node, prompt_id, step, steps, loss, lr, grad_norm, seconds} or {node, prompt_id, step, validation_loss}. */
+/** Take one event: {node, prompt_id, step} and either {steps, loss, lr, grad_norm, seconds} or {validation_loss}. */
 export function receive(event) {
   const id = String(event.node);
   let run = runs.get(id);

@@ -80,7 +80,7 @@ def page(request, chromium, comfy_server):
         "Comfy.VueNodes.AutoScaleLayout": False,
     }
     Client(comfy_server.base_url).post("/settings", settings)
-    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+    context = chromium.new_context(viewport={"width": 2200, "height": 1400})
     context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
     opened = Page(context.new_page(), request.param)
     opened.page.on("console", opened.on_console)

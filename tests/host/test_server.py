@@ -2,15 +2,22 @@
 
 import io
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from devtools.client import ExecutionError, InterruptedPromptError, PromptError
+from devtools.errors import DevError
 from devtools.progress import NodeProgress
-from devtools.server import PACK_FOLDER
+from devtools.server import PACK_FOLDER, Server, require_free
 from devtools.workflow import to_prompt
 from tidetable.nodes import NODES
 from tidetable.tests.test_architecture import ROOT
@@ -166,3 +173,48 @@ def test_a_prompt_can_be_cancelled(client):
     with pytest.raises(InterruptedPromptError):
         client.run(tiny_sampling(steps=500), on_event)
     assert client.run(tiny_sampling(steps=2)).images(), "the server works on after a cancelled prompt"
+
+
+def test_an_uploaded_picture_is_found_again(client, tmp_path: Path):
+    picture = Image.new("RGB", (48, 32), (200, 30, 90))
+    picture.save(tmp_path / "upload me.png")
+    prompt = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": client.upload(tmp_path / "upload me.png", "tests")}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+    }
+    (image,) = client.run(prompt).images("2")
+    assert Image.open(io.BytesIO(client.fetch(image))).convert("RGB").tobytes() == picture.tobytes()
+
+
+# ── starting and ending ────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_server_that_does_not_start_shows_the_end_of_its_log():
+    server = Server(options=["--no-such-option"])
+    with pytest.raises(DevError, match=r"(?s)ended with status 2 while starting.*--no-such-option"):
+        server.start()
+    assert not server.is_running()
+    assert not server.base_directory.exists()
+    assert (ROOT / "__init__.py").exists(), "the link was removed, not what it points to"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the watch on the parent process is for POSIX systems")
+def test_a_server_ends_when_its_starter_is_killed():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    code += "from devtools.server import Server; import time\n"
+    code += "server = Server().start(); print(server.port, server.base_directory, flush=True); time.sleep(600)"
+    starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    port, base = starter.stdout.readline().split(maxsplit=1)
+    starter.send_signal(signal.SIGKILL)
+    starter.wait()
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            require_free(int(port))
+            break
+        except DevError:
+            assert time.monotonic() < deadline, "the server outlived the process that started it"
+            time.sleep(0.2)
+    # Its starter had no chance to: remove what it left, the link first.
+    (Path(base.strip()) / "custom_nodes" / PACK_FOLDER).unlink()
+    shutil.rmtree(base.strip())
