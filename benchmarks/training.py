@@ -1,8 +1,8 @@
 """LoRA training on the embedded U-Net: this pack beside ComfyUI's own TrainLoraNode, in one process, on the same data.
 
-Samples per second counts distinct training samples; rows per step counts what really went through the network. Both arms train
-rank 16 in fp32 without gradient checkpointing; core's trains every layer including norms and biases, so ours is set to its widest
-targets. Each arm is timed as (a long run) − (a short run), which leaves out loading and set-up.
+Samples per second counts distinct training samples; rows per step counts what really went through the network. Both
+arms train rank 16 in fp32 without gradient checkpointing; core's trains every layer including norms and biases, so ours
+is set to its widest targets. Each arm is timed as (a long run) − (a short run), which leaves out loading and set-up.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import time
 
 import torch
 from comfy_extras.nodes_train import TrainLoraNode
+
 from tidetable.runtime import tiny
 from tidetable.runtime.tiny_data import tiny_dataset
 from tidetable.runtime.training import TrainingData, train_lora
@@ -65,10 +66,10 @@ def train_ours(patcher, latents, positive, batch: int, steps: int) -> None:
 
 def train_core(patcher, latents, positive, batch: int, steps: int) -> None:
     settings = {
-        "batch_size": batch, "steps": steps, "grad_accumulation_steps": 1, "learning_rate": 1e-4, "rank": 16, "optimizer": "AdamW",
-        "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32", "algorithm": "LoRA",
-        "gradient_checkpointing": False, "existing_lora": "[None]", "quantized_backward": False, "checkpoint_depth": 1,
-        "offloading": False, "bucket_mode": False, "bypass_mode": False,
+        "batch_size": batch, "steps": steps, "grad_accumulation_steps": 1, "learning_rate": 1e-4, "rank": 16,
+        "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32",
+        "algorithm": "LoRA", "gradient_checkpointing": False, "existing_lora": "[None]", "quantized_backward": False,
+        "checkpoint_depth": 1, "offloading": False, "bucket_mode": False, "bypass_mode": False,
     }  # fmt: skip
     known = inspect.signature(TrainLoraNode.execute).parameters
     chosen = {name: [value] for name, value in settings.items() if name in known}

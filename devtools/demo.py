@@ -1,7 +1,7 @@
 """`python3 dev.py demo`: the pack's main job in a real ComfyUI, over its own HTTP and WebSocket API.
 
-Queues example_workflows/tidetable_demo.json, shows a progress bar per node, has independent classifiers look at the samples, and
-leaves pictures and the LoRA file in demo-output/.
+Queues example_workflows/tidetable_demo.json, shows a progress bar per node, has independent classifiers look at the
+samples, and leaves pictures and the LoRA file in demo-output/.
 """
 
 import argparse
@@ -75,9 +75,10 @@ def judge(files: dict[str, list[Path]]) -> dict[str, float]:
     """What classifiers that never saw the model say of the samples before and after, and the grid of both."""
     import numpy as np
     import torch
-    from devtools.judges import accuracy, digit_judge, handwriting_judge
     from PIL import Image
     from safetensors import safe_open
+
+    from devtools.judges import accuracy, digit_judge, handwriting_judge
 
     def load(paths: list[Path]) -> torch.Tensor:
         small = [np.asarray(Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BOX)) for path in paths]
@@ -104,7 +105,7 @@ def judge(files: dict[str, list[Path]]) -> dict[str, float]:
 
 
 def requested_digits(samples: int) -> list[str]:
-    """The digit in each sample's prompt: the workflow's second data set has one caption per prompt, each drawn as a batch."""
+    """The digit in each sample's prompt: the workflow's second data set has the prompts, each drawn as a batch."""
     from tidetable.training.tiny_data import digit_batch
 
     workflow = json.loads(WORKFLOW.read_text())
@@ -140,20 +141,28 @@ def save_grid(before: list[Path], after: list[Path], path: Path, columns: int = 
 
 def print_report(files: dict[str, list[Path]], numbers: dict[str, float], seconds: float) -> None:
     where = OUTPUT.relative_to(Path.cwd()) if OUTPUT.is_relative_to(Path.cwd()) else OUTPUT
+    size, samples = files["lora"][0].stat().st_size / 1e6, int(numbers["samples"])
     print(
         f"""
 Done in {seconds:.0f} s. In {where}{os.sep}:
   schedules.png             the noise levels that three spacings visit on this model
   training.png              training loss and held-out validation loss, with the base model's as the reference line
-  before-and-after.png      the same prompts and seeds without and with the LoRA ({numbers["samples"]:.0f} samples each)
-  handwritten.safetensors   the LoRA; any LoRA loader of ComfyUI takes it ({files["lora"][0].stat().st_size / 1e6:.1f} MB)
+  before-and-after.png      the same prompts and seeds without and with the LoRA ({samples} samples each)
+  handwritten.safetensors   the LoRA; any LoRA loader of ComfyUI takes it ({size:.1f} MB)
 
-                                                   base model    with LoRA
-  validation loss at fixed noise, held-out digits     {numbers["validation before"]:.4f}       {numbers["validation after"]:.4f}
-  samples that look handwritten                        {numbers["style before"]:5.0%}        {numbers["style after"]:5.0%}
-  samples that show the requested digit                {numbers["digits before"]:5.0%}        {numbers["digits after"]:5.0%}
-The classifiers never saw the model; on real held-out pictures they are right in {numbers["style judge"]:.1%} and {numbers["digits judge"]:.1%} of cases.
-(The digit reader was trained on handwritten digits only, so rendered ones confuse it.)""",
+                                                   base model    with LoRA"""
+    )
+    rows = (
+        ("validation loss at fixed noise, held-out digits", "validation", ".4f"),
+        ("samples that look handwritten", "style", ".0%"),
+        ("samples that show the requested digit", "digits", ".0%"),
+    )
+    for title, name, form in rows:
+        print(f"  {title:<49}{numbers[f'{name} before']:>10{form}}{numbers[f'{name} after']:>13{form}}")
+    print(
+        "The classifiers never saw the model; on real held-out pictures they are right in "
+        f"{numbers['style judge']:.1%} and {numbers['digits judge']:.1%} of cases.\n"
+        "(The digit reader was trained on handwritten digits only, so rendered ones confuse it.)",
         flush=True,
     )
 

@@ -6,8 +6,9 @@ from functools import cache
 import numpy as np
 import torch
 from sklearn.svm import SVC
-from tidetable.training.tiny_data import DIGITS, digit_batch, glyph_batch
 from torch import Tensor
+
+from tidetable.training.tiny_data import DIGITS, digit_batch, glyph_batch
 
 
 SIDE = 20

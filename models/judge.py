@@ -1,7 +1,7 @@
 """Measure the embedded models: `python3 dev.py exec models/judge.py [--json models/quality.json]`.
 
-Per model: how often an independent classifier reads the requested character, and the mean brightness of samples that were asked
-to be very dark and very bright. Sampled by ComfyUI's own Euler sampler.
+Per model: how often an independent classifier reads the requested character, and the mean brightness of samples that
+were asked to be very dark and very bright. Sampled by ComfyUI's own Euler sampler.
 """
 
 import argparse
@@ -12,8 +12,9 @@ from pathlib import Path
 import comfy.sample
 import comfy.samplers
 import torch
-from devtools.judges import accuracy, glyph_judge
 from PIL import Image
+
+from devtools.judges import accuracy, glyph_judge
 from tidetable.runtime import tiny
 from tidetable.training.tiny_data import CHARACTERS, glyph_batch, render_glyph
 
@@ -32,14 +33,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     judge, clip = glyph_judge(), tiny.load_tiny_clip()
-    captions = [glyph_batch(1, SEED + 1000 * n + i, c)[1][0] for n in range(args.per_character) for i, c in enumerate(CHARACTERS)]
+    captions = [
+        glyph_batch(1, SEED + 1000 * n + i, c)[1][0]
+        for n in range(args.per_character)
+        for i, c in enumerate(CHARACTERS)
+    ]
     wanted = list(CHARACTERS) * args.per_character
     plain = [text.split(",")[0] for text in captions[:36]]
     rows = {"classifier on held-out renderings": judge.accuracy}
     for name in args.models:
         model = tiny.load_tiny_model(name)
         images = draw(model, clip, captions, args.cfg)
-        dark, bright = (draw(model, clip, [f"{text}, very {word}" for text in plain], args.cfg) for word in ("dark", "bright"))
+        dark, bright = (
+            draw(model, clip, [f"{text}, very {word}" for text in plain], args.cfg) for word in ("dark", "bright")
+        )
         rows[name] = {
             "character accuracy": accuracy(judge, images, wanted),
             "mean brightness of very dark": dark.mean().item(),
@@ -82,7 +89,12 @@ def draw(model, clip, captions: list[str], cfg: float) -> torch.Tensor:
 
 def save_grid(images: torch.Tensor, path: Path, columns: int = 18) -> None:
     rows = len(images) // columns
-    grid = images[: rows * columns].reshape(rows, columns, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(rows * 32, columns * 32, 3)
+    grid = (
+        images[: rows * columns]
+        .reshape(rows, columns, 3, 32, 32)
+        .permute(0, 3, 1, 4, 2)
+        .reshape(rows * 32, columns * 32, 3)
+    )
     picture = Image.fromarray((grid * 255).round().byte().numpy())
     picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(path)
 

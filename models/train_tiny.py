@@ -1,4 +1,5 @@
-"""Make one of the embedded models: `python3 dev.py exec models/train_tiny.py --model unet-v` (about an hour on one CPU core).
+"""Make one of the embedded models: `python3 dev.py exec models/train_tiny.py --model unet-v` (about an hour on one CPU
+core).
 
 The three runs are independent: start them side by side. Data, order, noise and initialization follow from --seed.
 `models/README.md` says what came out; `models/judge.py` measures it.
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
 from tidetable.runtime import tiny
 from tidetable.runtime.trainable import ComfyDenoiser, training_session
 from tidetable.training.config import TrainConfig
@@ -32,7 +34,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40_960)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--start", type=Path, help="go on from these weights, with another seed, instead of from scratch")
+    parser.add_argument(
+        "--start", type=Path, help="go on from these weights, with another seed, instead of from scratch"
+    )
     parser.add_argument("--output", type=Path, default=tiny.MODELS_DIR)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -67,7 +71,9 @@ def train(trainer: Trainer, args: argparse.Namespace, patcher) -> None:
         if isinstance(event, StepDone):
             recent.append(event.loss)
             if event.step % 20 == 0:
-                print(f"{event.step} loss {sum(recent) / len(recent):.4f} {time.monotonic() - started:.0f}s", flush=True)
+                print(
+                    f"{event.step} loss {sum(recent) / len(recent):.4f} {time.monotonic() - started:.0f}s", flush=True
+                )
                 recent.clear()
         else:
             print("validation", event.step, f"{event.loss:.4f}", [round(loss, 4) for _, loss in event.by_t], flush=True)

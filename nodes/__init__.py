@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from . import guidance, model_sampling, plots, schedules, tiny, training
 
+
 NODES: list[type[io.ComfyNode]] = [
     *model_sampling.NODES,
     *schedules.NODES,

@@ -13,18 +13,27 @@ class LoadTinyModel(io.ComfyNode):
             node_id="Tidetable_LoadTinyModel",
             display_name="Load Tiny Model",
             category="Tidetable/tiny",
-            description="One of three small text-to-image models that come with the pack (about 1.8 million parameters). "
-            "They draw one colored letter or digit at 256x256 and behave like any checkpoint, in seconds and without a GPU.",
+            description=(
+                "One of three small text-to-image models that come with the pack (about 1.8 million parameters). They"
+                " draw one colored letter or digit at 256x256 and behave like any checkpoint, in seconds and without a"
+                " GPU."
+            ),
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=list(TINY_MODELS),
                     default="unet-v",
-                    tooltip="unet-eps: U-Net, noise prediction. unet-v: U-Net, v-prediction with zero terminal SNR. "
-                    "mmdit-flow: MMDiT (as SD3), flow matching.",
+                    tooltip=(
+                        "unet-eps: U-Net, noise prediction. unet-v: U-Net, v-prediction with zero terminal SNR. "
+                        "mmdit-flow: MMDiT (as SD3), flow matching."
+                    ),
                 )
             ],
-            outputs=[io.Model.Output(display_name="MODEL"), io.Clip.Output(display_name="CLIP"), io.Vae.Output(display_name="VAE")],
+            outputs=[
+                io.Model.Output(display_name="MODEL"),
+                io.Clip.Output(display_name="CLIP"),
+                io.Vae.Output(display_name="VAE"),
+            ],
         )
 
     @classmethod
@@ -39,24 +48,39 @@ class TinyDataset(io.ComfyNode):
             node_id="Tidetable_TinyDataset",
             display_name="Tiny Dataset",
             category="Tidetable/tiny",
-            description="Captioned 256x256 pictures to try training with: rendered characters (what the tiny models know) "
-            "or real handwritten digits (what they do not).",
+            description=(
+                "Captioned 256x256 pictures to try training with: rendered characters (what the tiny models know) "
+                "or real handwritten digits (what they do not)."
+            ),
             inputs=[
                 io.Combo.Input(
                     "which",
                     options=list(DATASETS),
                     default="glyphs",
-                    tooltip="glyphs: rendered letters and digits. digits: handwritten ones, captioned as such (needs scikit-learn); "
-                    "the held-out part is by other draws and for checking.",
+                    tooltip=(
+                        "glyphs: rendered letters and digits. digits: handwritten ones, captioned as such (needs"
+                        " scikit-learn); the held-out part is by other draws and for checking."
+                    ),
                 ),
                 io.Int.Input(
-                    "count", default=64, min=1, max=MAX_COUNT, tooltip="Number of pictures. 0 is not possible; 16 to 256 is typical."
+                    "count",
+                    default=64,
+                    min=1,
+                    max=MAX_COUNT,
+                    tooltip="Number of pictures. 0 is not possible; 16 to 256 is typical.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="The pictures follow from it. 0 is a seed like any other."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    tooltip="The pictures follow from it. 0 is a seed like any other.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="images"), io.String.Output(display_name="captions", is_output_list=True)],
+            outputs=[
+                io.Image.Output(display_name="images"),
+                io.String.Output(display_name="captions", is_output_list=True),
+            ],
         )
 
     @classmethod

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..runtime.saving import save_lora_model
 from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
 
+
 _TRAIN, _LORA = TrainConfig(), LoRAConfig()
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -16,80 +17,179 @@ class TrainLoRA(io.ComfyNode):
             node_id="Tidetable_TrainLoRA",
             display_name="Train LoRA",
             category="Tidetable/training",
-            description="Trains a LoRA in this process, on the model as it is loaded and patched: its own prediction type, "
-            "noise process and shift. The input model is left as it was. Cancelling saves what was learned so far.",
+            description=(
+                "Trains a LoRA in this process, on the model as it is loaded and patched: its own prediction type, "
+                "noise process and shift. The input model is left as it was. Cancelling saves what was learned so far."
+            ),
             is_input_list=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="The model to train on, with any model sampling node applied. Its LoRAs stay active."),
-                io.Latent.Input("latents", tooltip="Latents of the training images (VAE Encode): one batch, or a list of batches."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model to train on, with any model sampling node applied. Its LoRAs stay active.",
+                ),
+                io.Latent.Input(
+                    "latents", tooltip="Latents of the training images (VAE Encode): one batch, or a list of batches."
+                ),
                 io.Conditioning.Input(
-                    "positive", tooltip="One conditioning per latent, in the same order (feed CLIP Text Encode a list), or one for all."
+                    "positive",
+                    tooltip=(
+                        "One conditioning per latent, in the same order (feed CLIP Text Encode a list), or one for all."
+                    ),
                 ),
                 io.Int.Input(
-                    "steps", default=_TRAIN.steps, min=1, max=1_000_000, tooltip="Optimizer steps. 0 is not possible; 200 to 5000 is typical."
+                    "steps",
+                    default=_TRAIN.steps,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Optimizer steps. 0 is not possible; 200 to 5000 is typical.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=_TRAIN.batch_size, min=1, max=1024,
-                    tooltip="Samples per step; each goes through the network once. 0 is not possible; 1 to 16 is typical.",
+                    "batch_size",
+                    default=_TRAIN.batch_size,
+                    min=1,
+                    max=1024,
+                    tooltip=(
+                        "Samples per step; each goes through the network once. 0 is not possible; 1 to 16 is typical."
+                    ),
                 ),
                 io.Int.Input(
-                    "rank", default=_LORA.rank, min=1, max=512,
-                    tooltip="Inner width of the adapters: file size and capacity. 0 is not possible; 4 to 64 is typical.",
+                    "rank",
+                    default=_LORA.rank,
+                    min=1,
+                    max=512,
+                    tooltip=(
+                        "Inner width of the adapters: file size and capacity. 0 is not possible; 4 to 64 is typical."
+                    ),
                 ),
                 io.Float.Input(
-                    "lora_alpha", default=_LORA.lora_alpha, min=0.01, max=1024.0, step=0.01,
-                    tooltip="The adapter's output is multiplied by lora_alpha / rank. 0 is not possible; rank or rank / 2 is typical.",
+                    "lora_alpha",
+                    default=_LORA.lora_alpha,
+                    min=0.01,
+                    max=1024.0,
+                    step=0.01,
+                    tooltip=(
+                        "The adapter's output is multiplied by lora_alpha / rank. 0 is not possible; rank or rank / 2"
+                        " is typical."
+                    ),
                 ),
                 io.Float.Input(
-                    "learning_rate", default=_TRAIN.learning_rate, min=1e-8, max=1.0, step=1e-6,
-                    tooltip="Peak learning rate of AdamW. 0 is not possible; 1e-5 to 1e-3 is typical (tiny models: 1e-3).",
+                    "learning_rate",
+                    default=_TRAIN.learning_rate,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-6,
+                    tooltip=(
+                        "Peak learning rate of AdamW. 0 is not possible; 1e-5 to 1e-3 is typical (tiny models: 1e-3)."
+                    ),
                 ),
-                io.Int.Input("seed", default=_TRAIN.seed, min=0, max=MAX_SEED, tooltip="Order, noise, t and initialization follow from it. 0 is a seed like any other."),
+                io.Int.Input(
+                    "seed",
+                    default=_TRAIN.seed,
+                    min=0,
+                    max=MAX_SEED,
+                    tooltip="Order, noise, t and initialization follow from it. 0 is a seed like any other.",
+                ),
                 io.Combo.Input(
-                    "targets", options=["attention", "attention_mlp", "linear", "linear_conv"], default=_LORA.targets,
-                    tooltip="Layers that get an adapter: attention projections; and their feed-forward layers; all linear layers; and convolutions.",
+                    "targets",
+                    options=["attention", "attention_mlp", "linear", "linear_conv"],
+                    default=_LORA.targets,
+                    tooltip=(
+                        "Layers that get an adapter: attention projections; and their feed-forward layers; all linear"
+                        " layers; and convolutions."
+                    ),
                 ),
                 io.Int.Input(
-                    "warmup_steps", default=_TRAIN.warmup_steps, min=0, max=100_000,
+                    "warmup_steps",
+                    default=_TRAIN.warmup_steps,
+                    min=0,
+                    max=100_000,
                     tooltip="Steps over which the learning rate rises. 0 is none; 10 to 500 is typical.",
                 ),
                 io.Combo.Input(
-                    "lr_schedule", options=["cosine", "constant"], default=_TRAIN.lr_schedule,
+                    "lr_schedule",
+                    options=["cosine", "constant"],
+                    default=_TRAIN.lr_schedule,
                     tooltip="After the warm-up: half a cosine down to 0, or constant.",
                 ),
                 io.Float.Input(
-                    "max_grad_norm", default=_TRAIN.max_grad_norm, min=0.0, max=1000.0, step=0.01,
-                    tooltip="Longer gradients are shortened to this norm: protection against loss spikes. 0 is off; 1 is typical.",
+                    "max_grad_norm",
+                    default=_TRAIN.max_grad_norm,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip=(
+                        "Longer gradients are shortened to this norm: protection against loss spikes. 0 is off; 1 is"
+                        " typical."
+                    ),
                 ),
                 io.Combo.Input(
-                    "density", options=["auto", "uniform", "logit_normal"], default=_TRAIN.density,
-                    tooltip="Which noise levels t are trained: auto is logit-normal on flow models, uniform on others. A flow model's shift is applied on top.",
+                    "density",
+                    options=["auto", "uniform", "logit_normal"],
+                    default=_TRAIN.density,
+                    tooltip=(
+                        "Which noise levels t are trained: auto is logit-normal on flow models, uniform on others. A"
+                        " flow model's shift is applied on top."
+                    ),
                 ),
                 io.Float.Input(
-                    "logit_mean", default=_TRAIN.logit_mean, min=-5.0, max=5.0, step=0.01,
-                    tooltip="Logit-normal only: above 0 visits more noise, below 0 more detail. 0 is centered; -1 to 1 is typical.",
+                    "logit_mean",
+                    default=_TRAIN.logit_mean,
+                    min=-5.0,
+                    max=5.0,
+                    step=0.01,
+                    tooltip=(
+                        "Logit-normal only: above 0 visits more noise, below 0 more detail. 0 is centered; -1 to 1 is"
+                        " typical."
+                    ),
                 ),
                 io.Float.Input(
-                    "logit_std", default=_TRAIN.logit_std, min=0.01, max=5.0, step=0.01,
+                    "logit_std",
+                    default=_TRAIN.logit_std,
+                    min=0.01,
+                    max=5.0,
+                    step=0.01,
                     tooltip="Logit-normal only: width of the density. 0 is not possible; 0.5 to 1.5 is typical.",
                 ),
                 io.Float.Input(
-                    "caption_dropout", default=_TRAIN.caption_dropout, min=0.0, max=1.0, step=0.01,
-                    tooltip="Share of samples trained with the empty prompt, so that CFG keeps working. 0 is off; 0.05 to 0.15 is typical. Needs 'empty'.",
+                    "caption_dropout",
+                    default=_TRAIN.caption_dropout,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Share of samples trained with the empty prompt, so that CFG keeps working. 0 is off; 0.05 to"
+                        " 0.15 is typical. Needs 'empty'."
+                    ),
                 ),
                 io.Int.Input(
-                    "validation_percent", default=10, min=0, max=50,
-                    tooltip="Percent of the samples held out to measure the loss at fixed noise, before and after. 0 is none; 5 to 10 is typical.",
+                    "validation_percent",
+                    default=10,
+                    min=0,
+                    max=50,
+                    tooltip=(
+                        "Percent of the samples held out to measure the loss at fixed noise, before and after. 0 is"
+                        " none; 5 to 10 is typical."
+                    ),
                 ),
                 io.Int.Input(
-                    "validate_every", default=_TRAIN.validate_every, min=0, max=100_000,
-                    tooltip="Steps between two validations. 0 is only before the first and after the last step; 50 to 500 is typical.",
+                    "validate_every",
+                    default=_TRAIN.validate_every,
+                    min=0,
+                    max=100_000,
+                    tooltip=(
+                        "Steps between two validations. 0 is only before the first and after the last step; 50 to 500"
+                        " is typical."
+                    ),
                 ),
-                io.Conditioning.Input("empty", optional=True, tooltip="Conditioning of the empty prompt, for caption_dropout."),
+                io.Conditioning.Input(
+                    "empty", optional=True, tooltip="Conditioning of the empty prompt, for caption_dropout."
+                ),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="A clone of the input with the LoRA applied at strength 1."),
+                io.Model.Output(
+                    display_name="MODEL", tooltip="A clone of the input with the LoRA applied at strength 1."
+                ),
                 io.LoraModel.Output(display_name="LORA_MODEL"),
                 io.LossMap.Output(display_name="LOSS_MAP"),
             ],
@@ -98,7 +198,9 @@ class TrainLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, latents, positive, validation_percent, empty=None, **settings) -> io.NodeOutput:
         single = {name: value[0] for name, value in settings.items()}
-        lora_config = LoRAConfig(**{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"])
+        lora_config = LoRAConfig(
+            **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
+        )
         data = TrainingData(latents, positive, empty[0] if empty else None, validation_percent[0])
         result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id)
         return io.NodeOutput(result.model, result.lora, result.loss_map)
@@ -111,15 +213,26 @@ class SaveLoRA(io.ComfyNode):
             node_id="Tidetable_SaveLoRA",
             display_name="Save LoRA",
             category="Tidetable/training",
-            description="Writes a LoRA into the loras folder, with its training settings in the header; any LoRA loader reads it.",
+            description=(
+                "Writes a LoRA into the loras folder, with its training settings in the header; any LoRA loader"
+                " reads it."
+            ),
             is_output_node=True,
             inputs=[
                 io.LoraModel.Input("lora", tooltip="From Train LoRA; ComfyUI's own trainer's output works too."),
                 io.String.Input(
-                    "filename_prefix", default="tidetable/lora",
-                    tooltip="Name inside the loras folder; a counter is added, nothing is overwritten. sub/name makes a folder. Empty is not possible.",
+                    "filename_prefix",
+                    default="tidetable/lora",
+                    tooltip=(
+                        "Name inside the loras folder; a counter is added, nothing is overwritten. sub/name makes a"
+                        " folder. Empty is not possible."
+                    ),
                 ),
-                io.String.Input("title", default="", tooltip="modelspec.title in the header. Empty keeps the title that training wrote."),
+                io.String.Input(
+                    "title",
+                    default="",
+                    tooltip="modelspec.title in the header. Empty keeps the title that training wrote.",
+                ),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="As LoRA loaders list it.")],
         )

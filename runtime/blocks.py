@@ -6,6 +6,7 @@ in which the target's attentions go through `attend`. What other packs have put 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.ldm.modules.attention as comfy_attention
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
@@ -110,14 +111,15 @@ def find_target(network: nn.Module) -> Target:
     joint block n // 2 of n; the diffusers example for SD3 has 13 of 24. ValueError, with the blocks there are, for
     other networks.
     """
+    blocks: Any = network  # torch types every attribute of a module as Tensor | Module
     if isinstance(network, UNetModel):
-        indices = _self_attention_indices(network.middle_block)
+        indices = _self_attention_indices(blocks.middle_block)
         if indices:
             return UNetMiddle(indices)
         problem = "this U-Net has no self-attention in its middle block, which is what gets perturbed"
     elif isinstance(network, MMDiT):
-        index = len(network.joint_blocks) // 2
-        return JointBlock(index, 2 if network.joint_blocks[index].x_block.x_block_self_attn else 1)
+        index = len(blocks.joint_blocks) // 2
+        return JointBlock(index, 2 if blocks.joint_blocks[index].x_block.x_block_self_attn else 1)
     else:
         problem = f"{type(network).__name__} is not supported"
     raise ValueError(
@@ -127,7 +129,7 @@ def find_target(network: nn.Module) -> Target:
     )
 
 
-def _self_attention_indices(blocks: Iterable[nn.Module] | None) -> tuple[int, ...]:
+def _self_attention_indices(blocks: Any) -> tuple[int, ...]:
     """Numbers of the transformer blocks with self-attention among the layers of one U-Net block (None: no block)."""
     transformers = [layer for layer in blocks or () if isinstance(layer, comfy_attention.SpatialTransformer)]
     blocks = [block for transformer in transformers for block in transformer.transformer_blocks]

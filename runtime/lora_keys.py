@@ -1,7 +1,7 @@
 """Adapter factors to and from the names that ComfyUI's own loader understands for every architecture.
 
-`diffusion_model.<module path>.lora_up.weight`, `.lora_down.weight` and `.alpha` (comfy/lora.py loads these for U-Nets and DiTs
-alike). alpha is always written: without it loaders assume lora_alpha = rank.
+`diffusion_model.<module path>.lora_up.weight`, `.lora_down.weight` and `.alpha` (comfy/lora.py loads these for U-Nets
+and DiTs alike). alpha is always written: without it loaders assume lora_alpha = rank.
 """
 
 import comfy.lora
@@ -45,5 +45,7 @@ def apply_lora(
     added = clone.add_patches(patches, strength)
     wanted = sum(name.endswith(".lora_up.weight") for name in lora)
     if len(added) != wanted:
-        raise ValueError(f"{wanted - len(added)} of {wanted} adapters match no layer of this model: it is another architecture")
+        raise ValueError(
+            f"{wanted - len(added)} of {wanted} adapters match no layer of this model: it is another architecture"
+        )
     return clone

@@ -7,12 +7,13 @@ import folder_paths
 from safetensors.torch import save_file
 from torch import Tensor
 
+
 MAX_NAME = 180
 """Characters of a file name prefix; file systems stop at 255 bytes, and a counter follows."""
 
 
 def loras_folder() -> Path:
-    """ComfyUI's output/loras where it is on the loras path (as core's own SaveLoRA uses), else the first loras folder."""
+    """ComfyUI's output/loras where it is on the loras path (core saves there), else the first loras folder."""
     listed = [Path(path) for path in folder_paths.get_folder_paths("loras")]
     output = Path(folder_paths.get_output_directory()) / "loras"
     return output if output in listed or not listed else listed[0]
@@ -24,7 +25,9 @@ def save_lora(tensors: dict[str, Tensor], prefix: str, metadata: dict[str, str])
     The prefix may name subfolders. ValueError for an empty, too long or escaping prefix, and for a disk that is full.
     """
     if not prefix.strip() or len(prefix) > MAX_NAME or "\0" in prefix:
-        raise ValueError(f"the file name must have 1 to {MAX_NAME} characters, this one has {len(prefix)}: {prefix[:40]!r}")
+        raise ValueError(
+            f"the file name must have 1 to {MAX_NAME} characters, this one has {len(prefix)}: {prefix[:40]!r}"
+        )
     base = loras_folder()
     try:
         folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(base))
@@ -37,7 +40,9 @@ def save_lora(tensors: dict[str, Tensor], prefix: str, metadata: dict[str, str])
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=metadata)
         os.replace(temporary, path)
     except Exception as error:  # safetensors wraps the operating system's error in a class of its own
-        raise ValueError(f"could not write {path}: {error}. Free some space or choose another folder, then queue again") from error
+        raise ValueError(
+            f"could not write {path}: {error}. Free some space or choose another folder, then queue again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

@@ -1,9 +1,9 @@
 """Which noise process and which prediction a loaded model has: read from its `model_sampling`, never from its name."""
 
 import math
+from typing import Any
 
 import comfy.model_sampling as host
-from torch import nn
 
 from ..schedules.prediction import Prediction
 from ..schedules.process import VP, Flow, NoiseProcess
@@ -13,7 +13,7 @@ _PREDICTIONS: dict[str, Prediction] = {"EPS": "eps", "V_PREDICTION": "v", "X0": 
 _OTHERS = ("EDM", "IMG_TO_IMG", "IMG_TO_IMG_FLOW", "COSMOS_RFLOW", "V_PREDICTION_DDPM", "LCM")
 
 
-def prediction_of(model_sampling: nn.Module) -> Prediction | None:
+def prediction_of(model_sampling: Any) -> Prediction | None:
     """The native prediction, or None for parametrizations outside {eps, v, x0, velocity} (EDM, Cosmos, image-to-image).
 
     ComfyUI's classes inherit from each other, so the first known name along the method resolution order decides.
@@ -26,7 +26,7 @@ def prediction_of(model_sampling: nn.Module) -> Prediction | None:
     return None
 
 
-def process_of(model_sampling: nn.Module) -> NoiseProcess | None:
+def process_of(model_sampling: Any) -> NoiseProcess | None:
     """The noise process in this pack's terms, or None where it has none (EDM's continuous ranges, Cascade)."""
     if isinstance(model_sampling, host.CONST):
         return Flow()
@@ -35,7 +35,7 @@ def process_of(model_sampling: nn.Module) -> NoiseProcess | None:
     return None
 
 
-def shift_of(model_sampling: nn.Module) -> float:
+def shift_of(model_sampling: Any) -> float:
     """The multiplicative shift of a flow model (Flux-type objects store its logarithm), 1.0 for others."""
     shift = getattr(model_sampling, "shift", None)
     if shift is None or not isinstance(model_sampling, host.CONST):

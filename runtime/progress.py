@@ -1,4 +1,7 @@
-"""A training run's events on their way to the user: ComfyUI's progress bar, the page, and the cancel button on its way back."""
+"""A training run's events on their way to the user:
+
+ComfyUI's progress bar, the page, and the cancel button on its way back.
+"""
 
 import math
 import sys
@@ -9,6 +12,7 @@ import comfy.utils
 from comfy_execution.utils import get_executing_context
 
 from ..training.events import Event, StepDone, Validated
+
 
 EVENT = "tidetable.train"
 SECONDS_BETWEEN_EVENTS = 0.2
@@ -59,14 +63,16 @@ class TrainingReporter:
         if now - self.last_sent < SECONDS_BETWEEN_EVENTS and event.step < event.steps:
             return
         self.last_sent = now
-        self._send({
-            "step": event.step,
-            "steps": event.steps,
-            "loss": event.loss,
-            "lr": event.learning_rate,
-            "grad_norm": event.grad_norm,
-            "seconds": now - self.started,
-        })
+        self._send(
+            {
+                "step": event.step,
+                "steps": event.steps,
+                "loss": event.loss,
+                "lr": event.learning_rate,
+                "grad_norm": event.grad_norm,
+                "seconds": now - self.started,
+            }
+        )
 
     def _send(self, payload: dict[str, float]) -> None:
         # Looked up, not imported: in a script or a test there is no server, and importing it would start half of one.

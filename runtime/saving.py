@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .paths import loras_folder, save_lora
 
+
 MAX_TITLE = 1000
 
 

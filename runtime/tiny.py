@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import comfy.latent_formats
 import comfy.model_base
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .tiny_text import CONTEXT_WIDTH, TinyTextModel, TinyTokenizer
+
 
 MODELS_DIR = Path(__file__).resolve().parent.parent / "models"
 TEXT_FILE = MODELS_DIR / "tiny-text.safetensors"
@@ -77,9 +79,7 @@ class TinySpec:
 
 TINY_SPECS = {
     "unet-eps": TinySpec("tiny-unet-eps", TinyUNet, comfy.model_base.ModelType.EPS, _UNET),
-    "unet-v": TinySpec(
-        "tiny-unet-v", TinyUNet, comfy.model_base.ModelType.V_PREDICTION, _UNET, {"zsnr": True}
-    ),
+    "unet-v": TinySpec("tiny-unet-v", TinyUNet, comfy.model_base.ModelType.V_PREDICTION, _UNET, {"zsnr": True}),
     "mmdit-flow": TinySpec(
         "tiny-mmdit-flow",
         comfy.model_base.SD3,
@@ -101,8 +101,8 @@ class TinyLatent(comfy.latent_formats.LatentFormat):
 class TinyConfig(comfy.supported_models_base.BASE):
     """A model configuration that ComfyUI's BaseModel classes accept; see reference/seams-runtime.md, 1.2."""
 
-    unet_config: dict = {}
-    unet_extra_config: dict = {}
+    unet_config: ClassVar[dict] = {}
+    unet_extra_config: ClassVar[dict] = {}
     latent_format = TinyLatent
     memory_usage_factor = 0.05
     supported_inference_dtypes = (torch.float32,)
@@ -152,7 +152,7 @@ def load_tiny_clip() -> comfy.sd.CLIP:
     sd = _load(TEXT_FILE) if TEXT_FILE.exists() else TinyTextModel().initialize().state_dict()
 
     class Target:
-        params: dict = {}
+        params: ClassVar[dict] = {}
         clip = TinyTextModel
         tokenizer = TinyTokenizer
 

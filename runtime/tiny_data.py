@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from ..training.tiny_data import digit_batch, glyph_batch
 
+
 DATASETS = ("glyphs", "digits", "digits (held out)")
 MAX_COUNT = 2000
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..training.tiny_data import CHARACTERS, HUES
 
+
 TOKENS = 20
 """Every prompt becomes this many tokens, so that all conditionings have one shape."""
 WORD_WIDTH = 64
@@ -68,8 +69,8 @@ class TinyTextModel(nn.Module):
     """Word vectors [V, 64] to a conditioning [B, 20, 128]: each token's own vector beside those of the two before it.
 
     The window binds "bright green" to "letter" and "dark blue" to "background" without learned positions.
-    The pooled output [B, 128] is the conditioning of the last character that is named (as CLIP's is that of the end token); where
-    none is named, the sum over the words divided by the root of their number; 0 for no words.
+    The pooled output [B, 128] is the conditioning of the last character that is named (as CLIP's is that of the end
+    token); where none is named, the sum over the words divided by the root of their number; 0 for no words.
     """
 
     def __init__(self, device="cpu", dtype=None, model_options=None):

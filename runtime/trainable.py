@@ -1,11 +1,14 @@
-"""A ComfyUI MODEL as something that can be trained: ComfyUI's own network, noise process, conditioning and memory management.
+"""A ComfyUI MODEL as something that can be trained: ComfyUI's own network, noise process, conditioning and memory
+management.
 
-Nodes run in inference mode, whose tensors cannot take part in a backward pass. A training session leaves that mode, gives every
-weight a differentiable view of the same memory, and puts the original objects back at the end, whatever happens in between.
+Nodes run in inference mode, whose tensors cannot take part in a backward pass. A training session leaves that mode,
+gives every weight a differentiable view of the same memory, and puts the original objects back at the end, whatever
+happens in between.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -13,13 +16,31 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
-from ..schedules.process import VP
+from ..schedules.prediction import Prediction
+from ..schedules.process import VP, NoiseProcess
 from ..training.data import Dataset
 from .process import prediction_of, process_of, shift_of
 
-UNSUPPORTED_CONDITIONING = ("control", "area", "mask", "hooks", "gligen", "start_percent", "end_percent", "concat_latent_image")
+
+UNSUPPORTED_CONDITIONING = (
+    "control",
+    "area",
+    "mask",
+    "hooks",
+    "gligen",
+    "start_percent",
+    "end_percent",
+    "concat_latent_image",
+)
 """Conditioning options that mean something only while sampling; a sample that carries one is refused, not misread."""
-OUT_OF_PLACE_CLASSES = ("UNetModel", "MMDiT", "OpenAISignatureMMDITWrapper", "QwenImageTransformer2DModel", "NextDiT", "WanModel")
+OUT_OF_PLACE_CLASSES = (
+    "UNetModel",
+    "MMDiT",
+    "OpenAISignatureMMDITWrapper",
+    "QwenImageTransformer2DModel",
+    "NextDiT",
+    "WanModel",
+)
 """Networks without in-place residuals (gradients checked in float64: reference/seams-runtime.md, 2.3)."""
 
 Row = dict[str, Tensor | object]
@@ -27,6 +48,10 @@ Row = dict[str, Tensor | object]
 
 class ComfyDenoiser:
     """`training.protocols.TrainableDenoiser` over a loaded ComfyUI model. Made by `training_session`."""
+
+    process: NoiseProcess
+    prediction: Prediction
+    shift: float
 
     def __init__(self, patcher: comfy.model_patcher.ModelPatcher):
         self.real = patcher.model
@@ -55,7 +80,10 @@ class ComfyDenoiser:
         return torch.autograd.graph.allow_mutation_on_saved_tensors() if self._in_place else nullcontext()
 
     def predict(self, x_t: Tensor, t: Tensor, conditions: Sequence[Row]) -> Tensor:
-        """Native prediction for x_t [B, C, ...] at t [B]. Rows whose conditionings have one shape share a forward pass."""
+        """Native prediction for x_t [B, C, ...] at t [B].
+
+        Rows whose conditionings have one shape share a forward pass.
+        """
         signatures = [_signature(row) for row in conditions]
         if len(set(signatures)) == 1:
             return self._forward(x_t, t, conditions)
@@ -68,7 +96,7 @@ class ComfyDenoiser:
         return torch.stack([row for row in out if row is not None])
 
     def _forward(self, x_t: Tensor, t: Tensor, conditions: Sequence[Row]) -> Tensor:
-        # ComfyUI's eps and v models live in the variance-exploding picture, x / alpha, with sigma = the noise-to-signal ratio.
+        # ComfyUI's eps and v models live in the variance-exploding picture: x / alpha, and sigma / alpha as sigma.
         if isinstance(self.process, VP):
             sigma = self.process.ratio(t).float().to(x_t.device)
             x_host = x_t / self.process.alpha(t).to(x_t).reshape(-1, *[1] * (x_t.ndim - 1))
@@ -84,7 +112,7 @@ class ComfyDenoiser:
         return captured[-1].float()
 
     def condition(self, conditioning: list, latent: Tensor) -> Row:
-        """One CONDITIONING of a node and its latent [C, ...] to what `predict` takes: the model's own conds for one row."""
+        """One CONDITIONING of a node, with its latent [C, ...], to what `predict` takes: the model's own conds."""
         if len(conditioning) != 1:
             raise ValueError(
                 f"a training sample needs one conditioning, this one has {len(conditioning)} entries: "
@@ -93,7 +121,9 @@ class ComfyDenoiser:
         cross_attn, options = conditioning[0]
         found = [name for name in UNSUPPORTED_CONDITIONING if options.get(name) is not None]
         if found:
-            raise ValueError(f"a training conditioning cannot carry {', '.join(found)}: connect CLIPTextEncode directly")
+            raise ValueError(
+                f"a training conditioning cannot carry {', '.join(found)}: connect CLIPTextEncode directly"
+            )
         noise = latent[None]
         arguments = {
             **{key: _own(value, self.device) for key, value in options.items()},
@@ -106,10 +136,15 @@ class ComfyDenoiser:
         arguments.setdefault("width", latent.shape[-1] * 8)
         arguments.setdefault("height", latent.shape[-2] * 8)
         conds = self.real.extra_conds(**arguments)
-        return {key: _own(value.process_cond(batch_size=1, area=None).cond, self.device) for key, value in conds.items()}
+        return {
+            key: _own(value.process_cond(batch_size=1, area=None).cond, self.device) for key, value in conds.items()
+        }
 
     def latent(self, sample: Tensor) -> Tensor:
-        """A VAE's latent [C, ...] to the space of the network, in fp32 on its device. Raises where the channels differ."""
+        """A VAE's latent [C, ...] to the space of the network, in fp32 on its device.
+
+        Raises where the channels differ.
+        """
         wanted = self.real.latent_format.latent_channels
         if sample.shape[0] != wanted:
             raise ValueError(
@@ -124,12 +159,13 @@ class ComfyDenoiser:
         return self.real.process_latent_in(sample[None])[0]
 
     def dataset(self, samples: Sequence[Tensor], conditionings: Sequence[list], empty: list | None = None) -> Dataset:
-        """Node-level latents and conditionings, paired one to one (or one conditioning for all), as the engine's data set."""
+        """Latents and conditionings of nodes, paired one to one (or one conditioning for all), as a data set."""
         if len(conditionings) == 1:
             conditionings = list(conditionings) * len(samples)
         if len(samples) != len(conditionings):
             raise ValueError(
-                f"{len(samples)} latents but {len(conditionings)} conditionings: connect one for each latent, or a single one"
+                f"{len(samples)} latents but {len(conditionings)} conditionings: connect one for each latent, or a"
+                " single one"
             )
         latents = [self.latent(sample) for sample in samples]
         with torch.no_grad():
@@ -139,9 +175,7 @@ class ComfyDenoiser:
 
 
 @contextmanager
-def training_session(
-    patcher: comfy.model_patcher.ModelPatcher, memory_required: float = 0
-) -> Iterator[ComfyDenoiser]:
+def training_session(patcher: comfy.model_patcher.ModelPatcher, memory_required: float = 0) -> Iterator[ComfyDenoiser]:
     """Load the model fully, make it differentiable in place, and leave it exactly as it was found."""
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         patcher = plain_patcher(patcher)
@@ -162,8 +196,8 @@ def plain_patcher(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patc
 def thawed(model: nn.Module) -> Iterator[None]:
     """Swap inference tensors for ordinary ones on the same memory, and freeze every parameter; undo both at the end.
 
-    An entry that somebody else replaced meanwhile (unloading a patched model puts the clean weights back) is left alone:
-    restoring it would write the patched weights into the base model for good.
+    An entry that somebody else replaced meanwhile (unloading a patched model puts the clean weights back) is left
+    alone: restoring it would write the patched weights into the base model for good.
     """
     swapped: list[tuple[dict, str, Tensor, Tensor]] = []
     frozen: list[Tensor] = []
@@ -212,7 +246,7 @@ def differentiable_attention(func, *args, **kwargs):
     return attention_pytorch(*args, **kwargs)
 
 
-def _own(value, device: torch.device):
+def _own(value: Any, device: torch.device) -> Any:
     """A copy outside inference mode, on the device; anything but tensors (and lists of them) passes through."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)

@@ -1,4 +1,7 @@
-"""The training node's work: node-level inputs to a `Trainer`, its events to the user, its result to MODEL and LORA_MODEL."""
+"""The training node's work:
+
+node-level inputs to a `Trainer`, its events to the user, its result to MODEL and LORA_MODEL.
+"""
 
 import json
 import logging
@@ -18,6 +21,7 @@ from .lora_keys import LoRAModel, apply_lora, to_lora_model
 from .paths import save_lora
 from .progress import TrainingReporter
 from .trainable import ComfyDenoiser, training_session
+
 
 logger = logging.getLogger(__name__)
 MEMORY_FACTOR = 4.0
@@ -69,7 +73,9 @@ def train_lora(
     with training_session(model, memory) as denoiser:
         layers = select_targets(dict(denoiser.real.diffusion_model.named_modules()), lora_config.targets)
         network = LoRANetwork(layers, lora_config, denoiser.device)
-        dataset, held_out = split_held_out(denoiser.dataset(samples, data.positive, data.negative), data.validation_percent)
+        dataset, held_out = split_held_out(
+            denoiser.dataset(samples, data.positive, data.negative), data.validation_percent
+        )
         trainer = Trainer(config, denoiser, network.trainable(), dataset, held_out)
         logger.info("training %d adapters on %d samples", len(layers), len(dataset))
 

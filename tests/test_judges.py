@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tidetable.training.tiny_data import DIGITS, Glyph, glyph_batch, render_glyph
 
 
@@ -17,7 +18,12 @@ def picture(**changes):
 
 
 @pytest.mark.parametrize(
-    "change", [{"ink": ("dark", "red"), "paper": ("bright", "white")}, {"brightness": "very dark"}, {"brightness": "very bright"}]
+    "change",
+    [
+        {"ink": ("dark", "red"), "paper": ("bright", "white")},
+        {"brightness": "very dark"},
+        {"brightness": "very bright"},
+    ],
 )
 def test_color_and_brightness_do_not_matter(change):
     plain, changed = judges.ink_maps(torch.stack([picture(), picture(**change)]))

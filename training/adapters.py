@@ -1,18 +1,21 @@
 """Low-rank adapters as functions of a layer's input: which layers get one, how they start, and both of their forms.
 
-LoRA (Hu et al. 2021, arXiv:2106.09685): W' = W + lora_alpha / rank · up @ down. The *bypass* form used in training leaves the
-layer alone and adds `lora_alpha / rank · up(down(x))` to its output, so the base may be frozen, quantized or patched.
+LoRA (Hu et al. 2021, arXiv:2106.09685): W' = W + lora_alpha / rank · up @ down. The *bypass* form used in training
+leaves the layer alone and adds `lora_alpha / rank · up(down(x))` to its output, so the base may be frozen, quantized or
+patched.
 """
 
 import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import LoRAConfig, Targets
+
 
 _ATTENTION = re.compile(r"(attn|attention)[^.]*\.|single_blocks\.\d+\.linear[12]$")
 _MLP = re.compile(r"(^|[._])(ff|ffn|mlp|feed_forward)\d*\.|\.proj_(in|out)$|_mlp\.")
@@ -21,8 +24,8 @@ _MLP = re.compile(r"(^|[._])(ff|ffn|mlp|feed_forward)\d*\.|\.proj_(in|out)$|_mlp
 def select_targets(modules: Mapping[str, nn.Module], preset: Targets) -> dict[str, nn.Module]:
     """The layers of a preset, by name. Raises ValueError where the network has none of them.
 
-    attention: projections of attention layers (in Flux's single blocks: the fused ones). attention_mlp: and the feed-forward
-    layers beside them. linear: every linear layer. linear_conv: and every ungrouped 2-D convolution.
+    attention: projections of attention layers (in Flux's single blocks: the fused ones). attention_mlp: and the feed-
+    forward layers beside them. linear: every linear layer. linear_conv: and every ungrouped 2-D convolution.
     """
     linear = {name: module for name, module in modules.items() if _is_linear(module)}
     if preset == "attention":
@@ -35,16 +38,18 @@ def select_targets(modules: Mapping[str, nn.Module], preset: Targets) -> dict[st
         chosen = {name: m for name, m in modules.items() if _is_linear(m) or _is_conv(m)}
     if not chosen:
         kinds = sorted({type(module).__name__ for module in modules.values()})
-        raise ValueError(f"targets {preset!r} matches no layer of this network (it has {', '.join(kinds)}): try 'linear'")
+        raise ValueError(
+            f"targets {preset!r} matches no layer of this network (it has {', '.join(kinds)}): try 'linear'"
+        )
     return chosen
 
 
 class LoRA(nn.Module):
     """One layer's adapter: down [r, in, (kh, kw)] and up [out, r, (1, 1)] in fp32; forward gives the bypass term."""
 
-    def __init__(self, layer: nn.Module, config: LoRAConfig, device: torch.device, generator: torch.Generator):
+    def __init__(self, layer: Any, config: LoRAConfig, device: torch.device, generator: torch.Generator):
         super().__init__()
-        self.convolution = None
+        self.convolution: dict[str, Any] | None = None
         if _is_linear(layer):
             inputs, outputs, kernel, ones = layer.in_features, layer.out_features, (), ()
         else:

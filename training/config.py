@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+
 Density = Literal["auto", "uniform", "logit_normal"]
 LRSchedule = Literal["cosine", "constant"]
 Targets = Literal["attention", "attention_mlp", "linear", "linear_conv"]

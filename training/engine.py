@@ -14,6 +14,7 @@ from .protocols import TrainableDenoiser
 from .timesteps import sample_t
 from .validation import validate
 
+
 MAX_SKIPPED = 20
 """Consecutive steps without a finite gradient after which the run is given up."""
 
@@ -36,7 +37,8 @@ class Trainer:
             raise ValueError("there is nothing to train: no parameter was given")
         if config.caption_dropout > 0 and dataset.empty_condition is None:
             raise ValueError(
-                f"caption_dropout is {config.caption_dropout}, but no empty conditioning was given: connect one, or use 0"
+                f"caption_dropout is {config.caption_dropout}, but no empty conditioning was given: connect one, or"
+                " use 0"
             )
         self.config = config
         self.denoiser = denoiser

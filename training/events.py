@@ -1,4 +1,7 @@
-"""What the engine yields. Progress bars, previews, files and cancelling are consumers of these, not part of the loop."""
+"""What the engine yields.
+
+Progress bars, previews, files and cancelling are consumers of these, not part of the loop.
+"""
 
 from dataclasses import dataclass
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..schedules.prediction import Prediction
 from ..schedules.process import NoiseProcess
 
+
 Condition = Any
 """One sample's conditioning; opaque to the engine, which only carries it from the data set to `predict`."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..schedules.shift import shift_t
 from .config import TrainConfig
 
+
 OPEN_INTERVAL = 1e-5
 """t is kept this far from 0 and 1: the velocity target is finite there, the network's time embedding was trained."""
 

@@ -8,11 +8,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789"
@@ -108,7 +110,7 @@ def digit_batch(count: int, seed: int, split: str = "train") -> tuple[Tensor, li
             "the 'digits' data set needs scikit-learn, which this Python does not have: "
             "choose 'glyphs', or install scikit-learn into ComfyUI's Python yourself"
         ) from None
-    bunch = load_digits()
+    bunch: Any = load_digits()
     pixels, labels = bunch.images.astype(np.float32) / 16.0, bunch.target
     keep = slice(0, 1400) if split == "train" else slice(1400, None)
     pixels, labels = pixels[keep], labels[keep]

@@ -7,6 +7,7 @@ from .events import Validated
 from .objective import loss_for_batch
 from .protocols import TrainableDenoiser
 
+
 VALIDATION_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tidetable.runtime.lora_keys import apply_lora, to_lora_model
 from tidetable.runtime.tiny import NEAR_ZERO
 from tidetable.runtime.trainable import training_session
@@ -49,7 +50,10 @@ def adapters(denoiser, scale: float):
 
 
 def test_the_gradient_is_the_slope_of_the_loss(case):
-    """Flux-type blocks change tensors in place that the backward pass needs: a gradient that exists may still be wrong."""
+    """Flux-type blocks change tensors in place that the backward pass needs:
+
+    a gradient that exists may still be wrong.
+    """
     _, model, samples, positive = case
     with training_session(model) as denoiser:
         dataset = denoiser.dataset(list(samples), positive)
@@ -92,7 +96,9 @@ def test_a_run_learns_and_leaves_the_model_as_it_was(case):
     before = fingerprint(model)
     config = TrainConfig(steps=30, batch_size=2, learning_rate=1e-2, warmup_steps=0, lr_schedule="constant")
     with torch.inference_mode():
-        result = train_lora(model, TrainingData([{"samples": samples}], positive), config, LoRAConfig(rank=4, lora_alpha=4.0))
+        result = train_lora(
+            model, TrainingData([{"samples": samples}], positive), config, LoRAConfig(rank=4, lora_alpha=4.0)
+        )
     assert fingerprint(model) == before
     with training_session(model) as denoiser, torch.no_grad():
         base = loss_of(denoiser, denoiser.dataset(list(samples), positive))

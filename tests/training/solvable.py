@@ -3,9 +3,10 @@
 from contextlib import nullcontext
 
 import torch
+from torch import nn
+
 from tidetable.schedules.process import Flow
 from tidetable.training.data import Dataset
-from torch import nn
 
 
 CENTER = (1.5, -0.5, 0.25)

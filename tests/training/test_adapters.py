@@ -2,21 +2,24 @@
 
 import pytest
 import torch
+from torch import nn
+
 from tidetable.training.adapters import LoRANetwork, delta_weight, select_targets
 from tidetable.training.config import LoRAConfig
-from torch import nn
 
 
 def network():
     torch.manual_seed(0)
-    return nn.ModuleDict({
-        "attn1": nn.ModuleDict({"to_q": nn.Linear(6, 8), "to_out": nn.Linear(8, 8)}),
-        "ff": nn.ModuleDict({"net": nn.Linear(8, 8)}),
-        "time": nn.Linear(4, 4),
-        "conv": nn.Conv2d(3, 5, 3, stride=2, padding=1, dilation=1),
-        "grouped": nn.Conv2d(4, 4, 3, groups=4),
-        "norm": nn.LayerNorm(8),
-    })
+    return nn.ModuleDict(
+        {
+            "attn1": nn.ModuleDict({"to_q": nn.Linear(6, 8), "to_out": nn.Linear(8, 8)}),
+            "ff": nn.ModuleDict({"net": nn.Linear(8, 8)}),
+            "time": nn.Linear(4, 4),
+            "conv": nn.Conv2d(3, 5, 3, stride=2, padding=1, dilation=1),
+            "grouped": nn.Conv2d(4, 4, 3, groups=4),
+            "norm": nn.LayerNorm(8),
+        }
+    )
 
 
 def adapters(layers, **settings):
@@ -29,7 +32,11 @@ def randomize(lora):
         parameter.data = torch.randn(parameter.shape, generator=generator)
 
 
-INPUTS = {"linear": (nn.Linear(6, 8), (5, 7, 6)), "conv": (nn.Conv2d(3, 5, 3, 2, 1), (2, 3, 9, 9)), "dilated": (nn.Conv2d(3, 5, 3, 1, 2, 2), (2, 3, 9, 9))}
+INPUTS = {
+    "linear": (nn.Linear(6, 8), (5, 7, 6)),
+    "conv": (nn.Conv2d(3, 5, 3, 2, 1), (2, 3, 9, 9)),
+    "dilated": (nn.Conv2d(3, 5, 3, 1, 2, 2), (2, 3, 9, 9)),
+}
 
 
 @pytest.mark.parametrize("kind", INPUTS)

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from tidetable.training.data import BatchOrder, Dataset, step_generator
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from tidetable.tests.training.solvable import CENTER, PointDenoiser, point_dataset
 from tidetable.training.config import TrainConfig
 from tidetable.training.engine import MAX_SKIPPED, Trainer

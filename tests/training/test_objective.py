@@ -5,12 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from tidetable.schedules.prediction import target
 from tidetable.schedules.process import VP, Flow
 from tidetable.training.objective import loss_for_batch
 
 
-CASES = [(Flow(), "velocity"), (VP.from_betas(), "eps"), (VP.from_betas(), "v"), (VP.from_betas(), "x0"), (VP.from_betas().zero_terminal(), "v")]
+CASES = [
+    (Flow(), "velocity"),
+    (VP.from_betas(), "eps"),
+    (VP.from_betas(), "v"),
+    (VP.from_betas(), "x0"),
+    (VP.from_betas().zero_terminal(), "v"),
+]
 
 
 def perfect(process, prediction, x0, eps, error):

@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from tidetable.training.tiny_data import BRIGHTNESS, CHARACTERS, HUES, TONES, Glyph, caption, digit_batch, glyph_batch, render_glyph
+
+from tidetable.training.tiny_data import (
+    BRIGHTNESS,
+    CHARACTERS,
+    HUES,
+    TONES,
+    Glyph,
+    caption,
+    digit_batch,
+    glyph_batch,
+    render_glyph,
+)
 
 
 def glyph(**changes):
@@ -26,7 +37,7 @@ def test_pictures_follow_from_the_seed():
     assert torch.equal(first[0], again[0]) and first[1] == again[1]
     assert not torch.equal(first[0], other[0])
     assert first[0].shape == (8, 3, 32, 32) and first[0].dtype == torch.float32
-    assert 0 <= first[0].min() and first[0].max() <= 1
+    assert first[0].min() >= 0 and first[0].max() <= 1
 
 
 @pytest.mark.parametrize("hue", HUES)
