@@ -19,13 +19,13 @@ from tidetable.runtime import tiny
 from tidetable.training.tiny_data import CHARACTERS, glyph_batch, render_glyph
 
 
-STEPS, CFG, SEED, BATCH = 30, 3.0, 77, 60
+STEPS, CFG, SEED, BATCH = 30, 5.0, 77, 60
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(tiny.TINY_MODELS))
-    parser.add_argument("--per-character", type=int, default=10)
+    parser.add_argument("--per-character", type=int, default=5)
     parser.add_argument("--cfg", type=float, default=CFG)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
