@@ -32,6 +32,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--images", type=int, default=40_960)
+    parser.add_argument(
+        "--logit-mean", type=float, help="draw t logit-normally with this mean: above 0, more steps where shapes form"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -55,6 +58,8 @@ def main() -> None:
         ema_decay=0.999,
         caption_dropout=0.1,
         validate_every=200,
+        density="auto" if args.logit_mean is None else "logit_normal",
+        logit_mean=args.logit_mean or 0.0,
         seed=args.seed,
     )
     with training_session(patcher) as denoiser:
@@ -88,6 +93,7 @@ def train(trainer: Trainer, args: argparse.Namespace, patcher) -> None:
                 "batch_size": str(args.batch_size),
                 "learning_rate": str(args.learning_rate),
                 "images": str(args.images),
+                "logit_mean": "" if args.logit_mean is None else str(args.logit_mean),
                 "start": args.start.name if args.start else "",
                 "validation": json.dumps(event.by_t),
                 "seconds": f"{time.monotonic() - started:.0f}",
