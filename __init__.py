@@ -11,7 +11,9 @@ async def comfy_entrypoint():
     """ComfyUI calls this once after import; returns the extension that lists the nodes."""
     from comfy_api.latest import ComfyExtension
 
-    from .nodes import NODES
+    from .nodes import NODES, serve_curves
+
+    serve_curves(NODES)
 
     class TidetableExtension(ComfyExtension):
         async def get_node_list(self):

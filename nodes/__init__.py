@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..runtime.live import serve_curves as serve_curves
 from . import guidance, model_sampling, plots, schedules, tiny, training
 
 

@@ -4,6 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..runtime.describe import describe
 from ..runtime.model_sampling import SHIFT_MODES, patch_flow_shift, patch_zero_terminal_snr
+from ..runtime.shells import remember
 
 
 class DescribeModel(io.ComfyNode):
@@ -26,7 +27,7 @@ class DescribeModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        text = describe(model)
+        text = describe(remember(model))
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
@@ -98,7 +99,7 @@ class FlowShift(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, mode, shift, mu, width, height) -> io.NodeOutput:
-        return io.NodeOutput(*patch_flow_shift(model, mode, shift, mu, width, height))
+        return io.NodeOutput(*patch_flow_shift(remember(model), mode, shift, mu, width, height))
 
 
 class ZeroTerminalSNR(io.ComfyNode):

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..runtime.model_sampling import MAX_STEPS, SPACING_NAMES, make_schedule
+from ..runtime.shells import remember
 
 
 class Schedule(io.ComfyNode):
@@ -52,7 +53,7 @@ class Schedule(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, spacing, steps, denoise) -> io.NodeOutput:
-        return io.NodeOutput(make_schedule(model, spacing, steps, denoise))
+        return io.NodeOutput(make_schedule(remember(model), spacing, steps, denoise))
 
 
 NODES: list[type[io.ComfyNode]] = [Schedule]

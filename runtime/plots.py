@@ -36,6 +36,16 @@ def plot_schedules(
     `schedules` has "sigmas_1" … with "label_1" … beside them; missing sigmas are skipped, missing labels named after
     the input. `process` says how t and log-SNR follow from sigma: "auto" is flow where no sigma exceeds 1, else vp.
     """
+    lines, log, notes = schedule_lines(schedules, quantity, process, y_axis)
+    title, unit = _TITLES[quantity]
+    figure = Figure([Panel(unit, lines, log)], "sampling step", f"{title} per sampling step", notes, width, height)
+    return to_image_tensor(figure.image)
+
+
+def schedule_lines(
+    schedules: Mapping[str, Any], quantity: Quantity, process: str, y_axis: str
+) -> tuple[list[Line], bool, list[str]]:
+    """The curves of `plot_schedules` as numbers, whether their y axis is logarithmic, and what the reader must know."""
     _require_choice("quantity", quantity, QUANTITIES)
     _require_choice("process", process, PROCESSES)
     _require_choice("y_axis", y_axis, Y_AXES)
@@ -60,9 +70,7 @@ def plot_schedules(
             "infinite log-SNR (sigma 0, or pure noise)" if quantity == "log_snr" else "0, which a log axis cannot show"
         )
         notes.append(f"Not drawn: {_count(hidden, 'point')} at {what}.")
-    title, unit = _TITLES[quantity]
-    figure = Figure([Panel(unit, lines, log)], "sampling step", f"{title} per sampling step", notes, width, height)
-    return to_image_tensor(figure.image)
+    return lines, log, notes
 
 
 def plot_training(loss_map: Mapping[str, Any], width: int, height: int) -> torch.Tensor:

@@ -4,7 +4,6 @@ ComfyUI's progress bar, the page, and the cancel button on its way back.
 """
 
 import math
-import sys
 import time
 
 import comfy.model_management
@@ -12,6 +11,7 @@ import comfy.utils
 from comfy_execution.utils import get_executing_context
 
 from ..training.events import Event, StepDone, Validated
+from .server import prompt_server
 
 
 EVENT = "tidetable.train"
@@ -75,8 +75,7 @@ class TrainingReporter:
         )
 
     def _send(self, payload: dict[str, float]) -> None:
-        # Looked up, not imported: in a script or a test there is no server, and importing it would start half of one.
-        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        server = prompt_server()
         if server is not None and self.node_id is not None:
             # JSON has no nan or inf, and a page that cannot parse a message drops it.
             numbers = {name: value if math.isfinite(value) else None for name, value in payload.items()}
