@@ -74,10 +74,11 @@ def serve_curves(nodes: Sequence[type[io.ComfyNode]]) -> None:
 
 
 def options(nodes: Nodes) -> dict[str, Any]:
-    """What the page must know before it asks: nodes that can stand upstream, and families to choose from."""
+    """What the page must know before it asks: the inputs of the nodes it may name, and families to choose from."""
     families = [FAMILIES[key] for key in shell_families()]
+    named = [node_id for node_id in (*EVALUATED, PLOT, TINY) if node_id in nodes]
     return {
-        "nodes": [node_id for node_id in (*EVALUATED, TINY) if node_id in nodes],
+        "nodes": {node_id: [entry.id for entry in nodes[node_id].GET_SCHEMA().inputs] for node_id in named},
         "families": [{"key": one.key, "title": one.title, "process": one.process} for one in families],
     }
 

@@ -85,7 +85,7 @@ def shell_of(model: ModelPatcher) -> Shell:
     """A shell of a loaded MODEL, with its patched noise process."""
     current = current_sampling(model)
     original: Any = model.model
-    shell = type(original).__new__(type(original))
+    shell: Any = torch.nn.Module.__new__(type(original))
     torch.nn.Module.__init__(shell)
     for name in _FACTS:
         setattr(shell, name, getattr(original, name, None))

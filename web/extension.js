@@ -1,7 +1,8 @@
-// Tidetable in the page: a live loss curve on Train LoRA, and the text that nodes return.
+// Tidetable in the page: live curves of schedules and of the training loss, and the text that nodes return.
 // ComfyUI loads every .js file in this folder; this one alone registers something, the others only export.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { LIVE_NODES, addLivePanel, receiveModel } from "./live.js";
 import { TEXT_NODES, addTextPanel } from "./text.js";
 import { TRAIN_NODE, addTrainingPanel, endRun, receive } from "./training.js";
 
@@ -15,6 +16,7 @@ function linkStyles() {
 // At the top level and not in setup(): a page that is reloaded during a run misses as little as possible.
 linkStyles();
 api.addEventListener("tidetable.train", ({ detail }) => receive(detail));
+api.addEventListener("tidetable.model", ({ detail }) => receiveModel(detail));
 for (const name of ["execution_error", "execution_interrupted"]) {
   api.addEventListener(name, ({ detail }) => endRun(detail?.prompt_id));
 }
@@ -23,6 +25,7 @@ app.registerExtension({
   name: "Tidetable",
   nodeCreated(node) {
     if (node.comfyClass === TRAIN_NODE) addTrainingPanel(node);
+    if (Object.hasOwn(LIVE_NODES, node.comfyClass)) addLivePanel(node);
     if (Object.hasOwn(TEXT_NODES, node.comfyClass)) addTextPanel(node);
   },
 });

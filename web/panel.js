@@ -35,6 +35,21 @@ export function addPanel(node, element, { name, minWidth, minHeight, draw }) {
   return refresh;
 }
 
+/** A <div> of this class. */
+export function block(className) {
+  const element = document.createElement("div");
+  element.className = className;
+  return element;
+}
+
+/** A <span> with this content. */
+export function text(content, className = "") {
+  const element = document.createElement("span");
+  element.textContent = content;
+  element.className = className;
+  return element;
+}
+
 /** Call `action` after the node's own `method`, with the same arguments. */
 export function after(node, method, action) {
   const original = node[method];

@@ -4,7 +4,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { left: 40, right: 8, top: 6, bottom: 16 };
 
 /** An SVG element with attributes and children. */
-function make(name, attributes, ...children) {
+export function make(name, attributes, ...children) {
   const element = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   element.append(...children);
@@ -89,7 +89,7 @@ function level(width, y, className) {
 }
 
 /** A function that writes these evenly spaced numbers so that they can be told apart. */
-function tickFormat(values) {
+export function tickFormat(values) {
   const step = values.length > 1 ? values[1] - values[0] : values[0] || 1;
   const digits = Math.max(0, -Math.floor(Math.log10(Math.abs(step)) + 1e-9));
   return digits > 4 ? (value) => value.toExponential(1) : (value) => value.toFixed(digits);

@@ -1,6 +1,6 @@
 // The live loss curve on Train LoRA, fed by the event that runtime/progress.py sends.
 import { findNode, placeOf } from "./graph.js";
-import { addPanel } from "./panel.js";
+import { addPanel, block, text } from "./panel.js";
 import { drawLoss } from "./plot.js";
 import { Run } from "./run.js";
 
@@ -89,19 +89,6 @@ export function addTrainingPanel(node) {
   });
   panels.set(node, refresh);
   refresh();
-}
-
-function block(className) {
-  const element = document.createElement("div");
-  element.className = className;
-  return element;
-}
-
-function text(content, className = "") {
-  const element = document.createElement("span");
-  element.textContent = content;
-  element.className = className;
-  return element;
 }
 
 /** Left: where the run is. Right: how fast. */

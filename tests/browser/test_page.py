@@ -4,97 +4,18 @@ Pictures are left in tests/output/. Both ways in which the page can draw nodes a
 """
 
 import json
-import os
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from devtools import browser
-from devtools.client import Client
-from devtools.server import PACK_FOLDER
 from devtools.workflow import to_prompt
+from tidetable.tests.browser.pages import Page, load, save
 from tidetable.tests.test_architecture import ROOT
 
 
 pytestmark = pytest.mark.browser
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
-OUTPUT = ROOT / "tests" / "output"
-READY = "window.app?.extensionManager && app.canvas && app.graph"
-# Without these, Chromium's own connections are tried and refused where there is no network.
-CHROMIUM_OPTIONS = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-
-
-@dataclass
-class Page:
-    """An open page, how it draws nodes, and what it said about our files."""
-
-    page: Any
-    mode: str
-    complaints: list[str] = field(default_factory=list)
-
-    def evaluate(self, code: str, argument=None):
-        return self.page.evaluate(code, argument)
-
-    def on_console(self, message) -> None:
-        if message.type in ("error", "warning"):
-            self._keep(f"{message.type}: {message.text} {message.location.get('url')}")
-
-    def on_error(self, error) -> None:
-        self._keep(f"{error.message} {error.stack}")
-
-    def _keep(self, text: str) -> None:
-        # The page itself and other packs have complaints of their own.
-        if f"/extensions/{PACK_FOLDER}/" in text:
-            self.complaints.append(text)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    # Module scope: Playwright's event loop must be gone before other tests run their own.
-    from playwright.sync_api import sync_playwright
-
-    executable = browser.find()
-    if executable is None:
-        reason = "no Chromium found: install it (Debian: apt-get install chromium) or name it in TIDETABLE_BROWSER"
-        pytest.fail(reason) if in_ci() else pytest.skip(reason)
-    options = [*CHROMIUM_OPTIONS, *(["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [])]
-    with sync_playwright() as driver:
-        instance = driver.chromium.launch(executable_path=executable, args=options)
-        yield instance
-        instance.close()
-
-
-def in_ci() -> bool:
-    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
-
-
-@pytest.fixture(params=["canvas", "vue"])
-def page(request, chromium, comfy_server):
-    """The page, ready, drawn the one or the other way; the messages that name our files are kept."""
-    settings = {
-        "Comfy.TutorialCompleted": True,
-        "Comfy.VueNodes.Enabled": request.param == "vue",
-        "Comfy.VueNodes.AutoScaleLayout": False,
-    }
-    Client(comfy_server.base_url).post("/settings", settings)
-    context = chromium.new_context(viewport={"width": 2200, "height": 1400})
-    context.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
-    opened = Page(context.new_page(), request.param)
-    opened.page.on("console", opened.on_console)
-    opened.page.on("pageerror", opened.on_error)
-    opened.page.goto(comfy_server.base_url)
-    opened.page.wait_for_function(READY, timeout=90_000)
-    opened.page.wait_for_timeout(1000)
-    yield opened
-    context.close()
-
-
-def load(page: Page, workflow: dict) -> None:
-    page.evaluate("async workflow => { await app.loadGraphData(workflow) }", workflow)
-    page.page.wait_for_timeout(1000)
 
 
 def test_the_page_knows_our_nodes(page, object_info):
@@ -158,10 +79,3 @@ def assert_same_prompt(page: Page, workflow: dict, object_info: dict) -> None:
 def as_api(value):
     """Node ids are strings in an API prompt, and numbers in the older page's links."""
     return [str(value[0]), value[1]] if isinstance(value, list) and len(value) == 2 else value
-
-
-def save(page: Page, name: str) -> None:
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    file = OUTPUT / f"{name}-{page.mode}.png"
-    page.page.screenshot(path=file)
-    assert file.stat().st_size > 10_000

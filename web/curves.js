@@ -1,0 +1,85 @@
+// Curves as SVG: the server's numbers in, elements out; colors come from tidetable.css, and so from the theme.
+import { make, tickFormat, ticks } from "./plot.js";
+
+const MARGIN = { left: 38, right: 10, top: 8, bottom: 16 };
+const MAX_DOTS = 61; // as in the picture that Plot Schedules makes
+
+/** Replace the content of `svg`, of this size in pixels, by the curves of `answer` (see runtime/live.py). */
+export function drawCurves(svg, answer, width, height) {
+  const inner = { width: width - MARGIN.left - MARGIN.right, height: height - MARGIN.top - MARGIN.bottom };
+  const values = answer.curves.flatMap((curve) => curve.y.filter((y) => isDrawn(y, answer.log)));
+  if (inner.width < 20 || inner.height < 20 || !values.length) return svg.replaceChildren();
+  const x = scale(answer.curves.flatMap((curve) => curve.x), false, inner.width);
+  const y = scale(values, answer.log, inner.height);
+  const above = (value) => inner.height - y.at(value);
+  const plot = make("g", { transform: `translate(${MARGIN.left} ${MARGIN.top})` });
+  const axes = make("g", { class: "tidetable-axes" });
+  const levels = y.ticks(Math.min(5, Math.floor(inner.height / 20)));
+  for (const level of levels.values) {
+    plot.append(make("line", { class: "tidetable-grid", x1: 0, x2: inner.width, y1: above(level), y2: above(level) }));
+    const place = { x: MARGIN.left - 5, y: MARGIN.top + above(level) + 3, "text-anchor": "end" };
+    axes.append(make("text", place, levels.format(level)));
+  }
+  for (const step of x.ticks(Math.min(5, Math.floor(inner.width / 50))).values.filter(Number.isInteger)) {
+    const place = { x: MARGIN.left + x.at(step), y: height - 4, "text-anchor": "middle" };
+    axes.append(make("text", place, String(step)));
+  }
+  axes.append(caption(answer, inner.width));
+  answer.curves.forEach((curve, index) => plot.append(...drawn(curve, index, answer.log, x.at, above)));
+  svg.replaceChildren(axes, plot);
+}
+
+/** The class that gives curve `index` its color; faint ones are references. */
+export function classOf(curve, index) {
+  return curve.faint ? "tidetable-faint" : `tidetable-curve tidetable-color-${index % 8}`;
+}
+
+function isDrawn(value, log) {
+  return value !== null && (!log || value > 0);
+}
+
+/** What is drawn over what, in the corner that the curve does not pass. */
+function caption({ curves, x_title: xTitle, y_title: yTitle }, width) {
+  const [first, last] = [curves[0].y[0], curves[0].y.at(-1)];
+  const rises = first === null || (last !== null && last > first);
+  const place = { x: MARGIN.left + (rises ? 6 : width), y: MARGIN.top + 10, "text-anchor": rises ? "start" : "end" };
+  return make("text", { ...place, class: "tidetable-caption" }, `${yTitle.replaceAll("_", " ")} over ${xTitle}`);
+}
+
+/** A line through the points, broken where one cannot be drawn, and dots where they can be told apart. */
+function drawn(curve, index, log, x, y) {
+  const color = classOf(curve, index);
+  let corner = "M";
+  let d = "";
+  const dots = [];
+  curve.x.forEach((step, i) => {
+    const value = curve.y[i];
+    if (!isDrawn(value, log)) return (corner = "M");
+    d += `${corner}${x(step).toFixed(2)} ${y(value).toFixed(2)}`;
+    corner = "L";
+    const title = make("title", {}, `${curve.label}, step ${step}: ${Number(value.toPrecision(6))}`);
+    dots.push(make("circle", { class: color, cx: x(step), cy: y(value), r: 2 }, title));
+  });
+  const path = make("path", { class: color, d, "data-label": curve.label });
+  return curve.faint || curve.x.length > MAX_DOTS ? [path] : [path, ...dots];
+}
+
+/** {at: value -> pixels in [0, size], ticks: count -> {values, format}} for these values. */
+function scale(values, log, size) {
+  const place = log ? Math.log10 : (value) => value;
+  let low = place(values.reduce((a, b) => Math.min(a, b)));
+  let high = place(values.reduce((a, b) => Math.max(a, b)));
+  if (low === high) [low, high] = [low - 0.5, high + 0.5];
+  return {
+    at: (value) => ((place(value) - low) / (high - low)) * size,
+    ticks(count) {
+      if (!log) {
+        const found = ticks(low, high, count);
+        return { values: found, format: tickFormat(found) };
+      }
+      const powers = ticks(low, high, count).filter(Number.isInteger);
+      const found = powers.length > 1 ? powers.map((power) => 10 ** power) : ticks(10 ** low, 10 ** high, count);
+      return { values: found.filter((value) => value > 0), format: (value) => String(Number(value.toPrecision(3))) };
+    },
+  };
+}
