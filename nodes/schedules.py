@@ -40,6 +40,7 @@ class Schedule(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
+                    display_mode=io.NumberDisplay.slider,
                     tooltip="Fraction of the noise range to run, always in `steps` steps. 1 = from pure noise; 0 is "
                     "not possible. Typical: 1 for text to image, 0.3 to 0.8 for image to image.",
                 ),

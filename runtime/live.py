@@ -22,7 +22,7 @@ from ..schedules.spacing import flow_grid
 from .model_sampling import noise_grid
 from .plots import schedule_lines
 from .server import json_response, prompt_server
-from .shells import family_shell, remembered, shell_families, tiny_shell, unknown_flow_shell
+from .shells import all_remembered, family_shell, remembered, shell_families, tiny_shell, unknown_flow_shell
 
 
 logger = logging.getLogger(__name__)
@@ -74,17 +74,18 @@ def serve_curves(nodes: Sequence[type[io.ComfyNode]]) -> None:
 
 
 def options(nodes: Nodes) -> dict[str, Any]:
-    """What the page must know before it asks: the inputs of the nodes it may name, and families to choose from."""
+    """What the page must know before it asks: inputs of the nodes it may name, families to choose from, models seen."""
     families = [FAMILIES[key] for key in shell_families()]
     named = [node_id for node_id in (*EVALUATED, PLOT, TINY) if node_id in nodes]
     return {
         "nodes": {node_id: [entry.id for entry in nodes[node_id].GET_SCHEMA().inputs] for node_id in named},
         "families": [{"key": one.key, "title": one.title, "process": one.process} for one in families],
+        "models": all_remembered(),
     }
 
 
 def answer(nodes: Nodes, body: bytes) -> dict[str, Any]:
-    """{"curves": [{"label", "x", "y"}], "x_title", "y_title", "log", "facts", "notes"}, or {"error": text}.
+    """{"curves": [{"label", "x", "y", "dots" or "faint"}], "x_title", "y_title", "y_range", "log", "facts", "notes"}, or {"error": text}.
 
     `body` is JSON: {"target": id, "nodes": {id: {"type": node id, "inputs": {name: value}}}}. An input's value is a
     widget's value, a link [id, output], {"unknown": where it comes from}, or for a MODEL {"family": key}, {"seen":
@@ -146,7 +147,7 @@ class Question:
             return {"error": "\n".join(notes)[:MAX_ERROR]}
         wanted = set(inspect.signature(schedule_lines).parameters)
         lines, log, more = schedule_lines(values, **{name: value for name, value in values.items() if name in wanted})
-        curves = [curve(line.label, line.x, line.y) for line in lines]
+        curves = [curve(line.label, line.x, line.y, dots=line.dots) for line in lines]
         return {**picture(curves, values["quantity"], log), "notes": [*notes, *more]}
 
     # ── the graph ───────────────────────────────────────────────────────────────────────────────────
@@ -236,7 +237,7 @@ def model_of(node_id: str, given: Any) -> ModelPatcher:
         case {"seen": str(token)}:
             shell = remembered(token)
             if shell is None:
-                raise UnknownModelError("The server was restarted. " + _ASK)
+                raise UnknownModelError(f"The model that ran here is forgotten. {_ASK}")
             return shell.patcher()
     raise ValueError(f"{node_id}: a model is a link, a family or one that a node has run with")
 
@@ -271,7 +272,18 @@ def checked(node_id: str, entry: Any, value: Any) -> Any:
 
 
 def picture(curves: list[dict], y_title: str, log: bool = False, x_title: str = "step") -> dict[str, Any]:
-    return {"curves": curves, "x_title": x_title, "y_title": y_title, "log": log, "facts": [], "notes": []}
+    """An answer. Where all values are shares of the noise its axis is 0 to 1, so that a curve visibly moves."""
+    values = [y for one in curves for y in one["y"]]
+    is_share = y_title in ("sigma", "t") and not log and all(y is not None and y <= 1.0 + 1e-6 for y in values)
+    return {
+        "curves": curves,
+        "x_title": x_title,
+        "y_title": y_title,
+        "y_range": [0.0, 1.0] if is_share else None,
+        "log": log,
+        "facts": [],
+        "notes": [],
+    }
 
 
 def curve(label: str, x: Sequence[float], y: Sequence[float], **more: Any) -> dict[str, Any]:
@@ -290,10 +302,10 @@ def shift_curves(model: ModelPatcher, shift: float, mu: float) -> dict[str, Any]
     """sigma over the share of the steps that are done, for equal steps in t, beside that of shift 1."""
     t = torch.linspace(1.0, 0.0, 51, dtype=torch.float64)
     x = (100.0 * (1.0 - t)).tolist()
-    plain = curve("shift 1", x, flow_grid(1.0).sigma_of_t(t).tolist(), faint=True)
     shifted = curve("shifted", x, noise_grid(model).sigma_of_t(t).tolist())
+    plain = curve("shift 1", x, flow_grid(1.0).sigma_of_t(t).tolist(), faint=True)
     facts = [f"shift {shift:.4f}", f"mu {mu:.4f}"]
-    return {**picture([plain, shifted], "sigma", x_title="% of the steps"), "facts": facts}
+    return {**picture([shifted, plain], "sigma", x_title="% of the steps"), "facts": facts}
 
 
 def schedule_curves(sigmas: torch.Tensor) -> dict[str, Any]:
@@ -304,4 +316,4 @@ def schedule_curves(sigmas: torch.Tensor) -> dict[str, Any]:
     facts = [f"{steps} step{'' if steps == 1 else 's'}", f"sigma {levels[0]:.4g} to {levels[-1]:.4g}"]
     if line.y[-1] == 0.0:
         facts[-1] += ", then 0"
-    return {**picture([curve("sigma", line.x, line.y)], "sigma", log), "facts": facts}
+    return {**picture([curve("sigma", line.x, line.y, dots=line.dots)], "sigma", log), "facts": facts}

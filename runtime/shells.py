@@ -35,7 +35,7 @@ _WIDTHS = {"in_channels": 4, "hidden_size": 64}
 _FACTS = ("model_config", "latent_format", "model_type", "manual_cast_dtype")
 
 # Kept as models and wrapped when they are asked for: a patcher that lives until the process ends complains there.
-_remembered: "OrderedDict[str, Shell]" = OrderedDict()
+_remembered: "OrderedDict[str, tuple[Shell, dict[str, str]]]" = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,24 @@ def remember(model: ModelPatcher) -> ModelPatcher:
     if context is None or server is None:
         return model
     try:
-        token = uuid.uuid4().hex
-        _remembered[token] = shell_of(model)
+        seen = {"node": context.node_id, "token": uuid.uuid4().hex, "title": _title(model)}
+        _remembered[seen["token"]] = shell_of(model), seen
         if len(_remembered) > MAX_REMEMBERED:
             _remembered.popitem(last=False)
-        title = _title(model)
-        server.send_sync(
-            EVENT, {"node": context.node_id, "prompt_id": context.prompt_id, "token": token, "title": title}
-        )
+        server.send_sync(EVENT, {**seen, "prompt_id": context.prompt_id})
     except Exception:
         logger.debug("no live preview of this model", exc_info=True)
     return model
 
 
 def remembered(token: str) -> Shell | None:
-    """The shell of a model that a node has run with, or None where it is forgotten (the server was restarted)."""
-    return _remembered.get(token)
+    """The shell of a model that a node has run with, or None where it is forgotten."""
+    return _remembered[token][0] if token in _remembered else None
+
+
+def all_remembered() -> list[dict[str, str]]:
+    """{"node", "token", "title"} of what is remembered, oldest first: for a page that was not there."""
+    return [seen for _, seen in list(_remembered.values())]
 
 
 def shell_of(model: ModelPatcher) -> Shell:

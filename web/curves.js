@@ -2,7 +2,6 @@
 import { make, tickFormat, ticks } from "./plot.js";
 
 const MARGIN = { left: 38, right: 10, top: 8, bottom: 16 };
-const MAX_DOTS = 61; // as in the picture that Plot Schedules makes
 
 /** Replace the content of `svg`, of this size in pixels, by the curves of `answer` (see runtime/live.py). */
 export function drawCurves(svg, answer, width, height) {
@@ -10,7 +9,7 @@ export function drawCurves(svg, answer, width, height) {
   const values = answer.curves.flatMap((curve) => curve.y.filter((y) => isDrawn(y, answer.log)));
   if (inner.width < 20 || inner.height < 20 || !values.length) return svg.replaceChildren();
   const x = scale(answer.curves.flatMap((curve) => curve.x), false, inner.width);
-  const y = scale(values, answer.log, inner.height);
+  const y = scale([...values, ...(answer.y_range ?? [])], answer.log, inner.height);
   const above = (value) => inner.height - y.at(value);
   const plot = make("g", { transform: `translate(${MARGIN.left} ${MARGIN.top})` });
   const axes = make("g", { class: "tidetable-axes" });
@@ -61,7 +60,7 @@ function drawn(curve, index, log, x, y) {
     dots.push(make("circle", { class: color, cx: x(step), cy: y(value), r: 2 }, title));
   });
   const path = make("path", { class: color, d, "data-label": curve.label });
-  return curve.faint || curve.x.length > MAX_DOTS ? [path] : [path, ...dots];
+  return curve.dots ? [path, ...dots] : [path];
 }
 
 /** {at: value -> pixels in [0, size], ticks: count -> {values, format}} for these values. */

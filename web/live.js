@@ -4,19 +4,18 @@ import { api } from "../../scripts/api.js";
 import { classOf, drawCurves } from "./curves.js";
 import { findNode, placeOf } from "./graph.js";
 import { addPanel, block, text } from "./panel.js";
-import { FAMILY, models, questionAbout } from "./upstream.js";
+import { FAMILY, earlier, forget, models, questionAbout } from "./upstream.js";
 
 /** Node type -> the smallest panel that shows its curve. */
 export const LIVE_NODES = {
-  Tidetable_FlowShift: { minWidth: 300, minHeight: 170 },
-  Tidetable_Schedule: { minWidth: 300, minHeight: 170 },
-  Tidetable_OfficialSchedule: { minWidth: 300, minHeight: 170 },
+  Tidetable_FlowShift: { minWidth: 300, minHeight: 180 },
+  Tidetable_Schedule: { minWidth: 300, minHeight: 180 },
+  Tidetable_OfficialSchedule: { minWidth: 300, minHeight: 180 },
   Tidetable_PlotSchedules: { minWidth: 360, minHeight: 240 },
 };
 const PATH = "/tidetable/curve";
 const LOOK_EVERY = 60; // milliseconds
 const RETRY_AFTER = 3000; // milliseconds, when the server did not answer
-const STORED = "tidetable.models";
 const MAX_KEPT = 64;
 
 /** Node -> the function that looks whether its curve must be asked for again. */
@@ -31,15 +30,14 @@ export function receiveModel({ node: id, token, title }) {
   models.delete(placeOf(node)); // so that the latest stands last
   models.set(placeOf(node), { token, title });
   if (models.size > MAX_KEPT) models.delete(models.keys().next().value);
-  sessionStorage.setItem(STORED, JSON.stringify([...models])); // a reloaded page still knows
 }
 
 /** What the server can compute; asked for once. */
 async function start() {
   if (looking) return;
   looking = true;
-  for (const [place, model] of JSON.parse(sessionStorage.getItem(STORED) ?? "[]")) models.set(place, model);
   options = await ask();
+  for (const model of options.models ?? []) earlier.set(String(model.node), model);
   setInterval(() => {
     // What is shown decides, not what exists: other tabs and closed subgraphs cost nothing.
     const nodes = app.canvas?.graph?.nodes ?? app.canvas?.graph?._nodes ?? [];
@@ -92,14 +90,15 @@ export function addLivePanel(node) {
     busy = true;
     answer = await ask(body);
     busy = false;
+    if (answer.asks_model && leaf?.source.value?.seen) forget(leaf.source.value.seen);
     if (answer.failed) setTimeout(() => (asked = undefined), RETRY_AFTER);
-    fillSelect(select, node, leaf?.source);
+    fillSelect(select, node, leaf?.source, answer);
     refresh();
   };
   const draw = () => {
     planned = false;
     const curves = answer?.curves;
-    facts.textContent = answer?.facts?.join("   ") ?? "";
+    facts.textContent = answer?.facts?.join(" · ") ?? "";
     message.textContent = answer?.error ?? answer?.notes?.join("\n") ?? "";
     chart.hidden = !curves;
     foot.replaceChildren(...(curves?.length > 1 ? curves.map(legend) : []));
@@ -124,10 +123,10 @@ export function addLivePanel(node) {
   refresh();
 }
 
-/** The model that the curve is for, and the families to choose from; hidden where the curve needs none. */
-function fillSelect(select, node, source) {
-  select.hidden = !source;
-  if (!source) return;
+/** The model that the curve is for, and the families to choose from; hidden where it depends on no model. */
+function fillSelect(select, node, source, answer) {
+  select.hidden = !source || (source.kind === "none" && !answer.asks_model);
+  if (select.hidden) return;
   const wanted = node.properties?.[FAMILY] ?? "";
   const first = {
     seen: `as run: ${source.title}`,

@@ -12,6 +12,15 @@ export const FAMILY = "tidetable_family";
 
 /** Place of a node -> {token, title} of the model that it ran with last; the last entry is the latest run. */
 export const models = new Map();
+/** The server's id of a node -> {token, title} of the model that it ran with before this page was there. */
+export const earlier = new Map();
+
+/** The server does not know this model any more. */
+export function forget(token) {
+  for (const map of [models, earlier]) {
+    for (const [key, model] of map) if (model.token === token) map.delete(key);
+  }
+}
 
 /**
  * {target, nodes} for the server, and `leaf`: {node, source} of the model that the curve starts from, or undefined where
@@ -75,7 +84,7 @@ function modelOf(node, source, hint) {
     const seen = one && models.get(placeOf(one));
     if (seen) return { value: { seen: seen.token }, kind: "seen", title: seen.title };
   }
-  const last = [...models.values()].at(-1);
+  const last = earlier.get(String(node.id)) ?? [...earlier.values(), ...models.values()].at(-1);
   if (last) return { value: { seen: last.token }, kind: "last", title: last.title };
   return { value: null, kind: "none" };
 }

@@ -44,3 +44,31 @@ def save(page: Page, name: str) -> None:
     file = OUTPUT / f"{name}-{page.mode}.png"
     page.page.screenshot(path=file)
     assert file.stat().st_size > 10_000
+
+
+def node_box(page: Page, *node_ids: str) -> dict[str, float]:
+    """The part of the screen that these nodes fill, in pixels, with a margin."""
+    boxes = [
+        page.evaluate(
+            """id => {
+                const element = document.querySelector(`[data-node-id="${id}"]`)
+                if (LiteGraph.vueNodesMode && element) {
+                    const {x, y, right, bottom} = element.getBoundingClientRect()
+                    return [x, y, right, bottom]
+                }
+                const [x, y, w, h] = app.canvas.graph.nodes.find(node => String(node.id) === id).getBounding()
+                const rect = app.canvas.canvas.getBoundingClientRect()
+                const at = offset => app.canvas.ds.convertOffsetToCanvas(offset)
+                return [at([x, y]), at([x + w, y + h])].flatMap(([x, y]) => [rect.x + x, rect.y + y])
+            }""",
+            node_id,
+        )
+        for node_id in node_ids
+    ]
+    left, top, right, bottom = (f(box[i] for box in boxes) for i, f in enumerate((min, min, max, max)))
+    return {"x": left - 12, "y": top - 12, "width": right - left + 24, "height": bottom - top + 24}
+
+
+def save_part(page: Page, name: str, box: dict[str, float]) -> None:
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    page.page.screenshot(path=OUTPUT / f"{name}-{page.mode}.png", clip=box)
