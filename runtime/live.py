@@ -222,7 +222,7 @@ class Question:
         return result[link[1]]
 
 
-_ASK = "The model is known only when the node has run: run it once, or choose a family for the preview."
+_ASK = "The model is known only when the node has run. Run it once, or choose a family for its preview."
 
 
 def model_of(node_id: str, given: Any) -> ModelPatcher:

@@ -23,7 +23,10 @@ export function drawCurves(svg, answer, width, height) {
     const place = { x: MARGIN.left + x.at(step), y: height - 4, "text-anchor": "middle" };
     axes.append(make("text", place, String(step)));
   }
-  axes.append(caption(answer, inner.width));
+  const points = answer.curves.flatMap((curve) =>
+    curve.x.map((step, i) => [x.at(step), curve.y[i]]).filter(([, value]) => isDrawn(value, answer.log)),
+  );
+  axes.append(caption(answer, points.map(([left, value]) => [left, above(value)]), inner));
   answer.curves.forEach((curve, index) => plot.append(...drawn(curve, index, answer.log, x.at, above)));
   svg.replaceChildren(axes, plot);
 }
@@ -37,12 +40,22 @@ function isDrawn(value, log) {
   return value !== null && (!log || value > 0);
 }
 
-/** What is drawn over what, in the corner that the curve does not pass. */
-function caption({ curves, x_title: xTitle, y_title: yTitle }, width) {
-  const [first, last] = [curves[0].y[0], curves[0].y.at(-1)];
-  const rises = first === null || (last !== null && last > first);
-  const place = { x: MARGIN.left + (rises ? 6 : width), y: MARGIN.top + 10, "text-anchor": rises ? "start" : "end" };
-  return make("text", { ...place, class: "tidetable-caption" }, `${yTitle.replaceAll("_", " ")} over ${xTitle}`);
+/** What is drawn over what, in the corner that the curves leave most empty. */
+function caption(answer, points, { width, height }) {
+  const [wide, high] = [130, 22];
+  const corners = [
+    [true, false],
+    [true, true],
+    [false, false],
+    [false, true],
+  ].map(([right, low]) => {
+    const isIn = ([x, y]) => (right ? x > width - wide : x < wide) && (low ? y > height - high : y < high);
+    return { right, low, crowd: points.filter(isIn).length };
+  });
+  const { right, low } = corners.reduce((best, one) => (one.crowd < best.crowd ? one : best));
+  const place = { x: MARGIN.left + (right ? width - 2 : 6), y: MARGIN.top + (low ? height - 6 : 12) };
+  const content = `${answer.y_title.replaceAll("_", " ")} over ${answer.x_title}`;
+  return make("text", { ...place, "text-anchor": right ? "end" : "start", class: "tidetable-caption" }, content);
 }
 
 /** A line through the points, broken where one cannot be drawn, and dots where they can be told apart. */

@@ -125,7 +125,9 @@ export function addLivePanel(node) {
 
 /** The model that the curve is for, and the families to choose from; hidden where it depends on no model. */
 function fillSelect(select, node, source, answer) {
-  select.hidden = !source || (source.kind === "none" && !answer.asks_model);
+  // Many models may feed Plot Schedules: each is chosen where its schedule is made.
+  select.hidden =
+    !source || node.comfyClass === "Tidetable_PlotSchedules" || (source.kind === "none" && !answer.asks_model);
   if (select.hidden) return;
   const wanted = node.properties?.[FAMILY] ?? "";
   const first = {

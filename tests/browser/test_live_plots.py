@@ -268,7 +268,7 @@ def test_a_model_is_known_once_it_ran(page: Page):
         ["PreviewImage", [1280, 0], {}, {"images": [3, 0]}],
     )
     forget_models(page)
-    shown = until(page, node, lambda shown: "run it once, or choose a family" in shown["message"])
+    shown = until(page, node, lambda shown: "Run it once, or choose a family" in shown["message"])
     assert shown["curves"] == {} and shown["choice"] == "choose a family …"
     assert "sigmas_1: The model is known only" in until(page, plot, lambda shown: shown["message"])["message"]
     page.evaluate("async () => { await app.queuePrompt(0, 1) }")
@@ -284,4 +284,105 @@ def test_a_model_is_known_once_it_ran(page: Page):
         until(page, one, lambda shown: any(draws(curve, expected) for curve in shown["curves"].values()))
     output = page.evaluate("async () => (await app.graphToPrompt()).output")
     assert set(output[node]["inputs"]) == {entry.id for entry in Schedule.GET_SCHEMA().inputs}
+    assert page.complaints == []
+
+
+UNDO = """async () => {
+    const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker
+    await tracker.undo()
+}"""
+CAPTURE = """() => {
+    const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker
+    tracker.captureCanvasState ? tracker.captureCanvasState() : tracker.checkState()
+    return tracker.undoQueue.length
+}"""
+
+
+def ids_of(page: Page, node_type: str) -> list[str]:
+    return page.evaluate(
+        "type => app.canvas.graph.nodes.filter(node => node.type === type).map(node => String(node.id))", node_type
+    )
+
+
+def lines(page: Page, node: str, steps: int) -> dict:
+    expected = torch.linspace(1, 0, steps + 1).tolist()
+    shown = until(page, node, lambda shown: draws(shown["curves"].get("sigma"), expected) and shown["connected"])
+    if page.mode == "vue":  # what the user sees is this element and no copy of it
+        shown_there = page.page.locator(f'[data-node-id="{node}"] .tidetable-live path')
+        assert shown_there.count() == 1 and shown_there.first.is_visible()
+    return shown
+
+
+def test_undo_redo_copy_and_collapse_keep_the_curve(page: Page):
+    _, node = build(page, [TINY, [0, 0], {"name": "mmdit-flow"}, {}], [SCHEDULE, [300, 0], {}, {"model": [0, 0]}])
+    lines(page, node, 20)
+    page.evaluate(CAPTURE)
+    page.evaluate(SET, [node, "steps", 8])
+    lines(page, node, 8)
+    depth = page.evaluate(CAPTURE)
+    page.page.wait_for_timeout(500)
+    assert page.evaluate(CAPTURE) == depth, "the panel itself is no change of the workflow"
+    page.evaluate(UNDO)
+    lines(page, node, 20)
+    page.evaluate(UNDO.replace("undo", "redo"))
+    lines(page, node, 8)
+
+    page.evaluate(
+        """id => {
+            const node = app.canvas.graph.nodes.find(node => String(node.id) === id)
+            app.canvas.selectItems([node])
+            app.canvas.copyToClipboard()
+            app.canvas.pasteFromClipboard({ connectInputs: true })
+        }""",
+        node,
+    )
+    page.page.wait_for_timeout(500)
+    (copy,) = set(ids_of(page, SCHEDULE)) - {node}
+    lines(page, copy, 8)
+    page.evaluate(SET, [copy, "steps", 3])
+    lines(page, copy, 3)
+    lines(page, node, 8)
+
+    collapse = "id => app.canvas.graph.nodes.find(node => String(node.id) === id).collapse()"
+    page.evaluate(collapse, node)
+    page.page.wait_for_timeout(500)
+    page.evaluate(SET, [node, "steps", 5])
+    page.evaluate(collapse, node)
+    page.page.wait_for_timeout(500)
+    lines(page, node, 5)
+    assert page.complaints == []
+
+
+def test_a_subgraph_is_looked_into_and_out_of(page: Page):
+    """Flow Shift and Schedule in a subgraph, the model outside: the plot outside and the nodes inside show the same."""
+    _, shift, node, plot = build(
+        page,
+        [TINY, [0, 0], {"name": "mmdit-flow"}, {}],
+        [FLOW_SHIFT, [280, 0], {"mode": "shift", "shift": 4.0}, {"model": [0, 0]}],
+        [SCHEDULE, [620, 0], {"steps": 6}, {"model": [1, 0]}],
+        [PLOT, [960, 0], {}, {"sigmas_1": [2, 0]}],
+    )
+    page.evaluate(
+        """ids => {
+            const nodes = app.graph.nodes.filter(node => ids.includes(String(node.id)))
+            app.canvas.selectItems(nodes)
+            app.graph.convertToSubgraph(new Set(nodes))
+        }""",
+        [shift, node],
+    )
+    page.page.wait_for_timeout(800)
+    expected = shift_t(torch.linspace(1, 0, 7, dtype=torch.float64), 4.0).tolist()
+    until(page, plot, lambda shown: any(draws(curve, expected) for curve in shown["curves"].values()))
+    page.evaluate("app.canvas.setGraph([...app.graph.subgraphs.values()][0])")
+    page.page.wait_for_timeout(1000)
+    (inner,) = ids_of(page, SCHEDULE)
+    (inner_shift,) = ids_of(page, FLOW_SHIFT)
+    until(page, inner, lambda shown: draws(shown["curves"].get("sigma"), expected) and shown["connected"])
+    page.evaluate(SET, [inner_shift, "shift", 2.0])
+    expected = shift_t(torch.linspace(1, 0, 7, dtype=torch.float64), 2.0).tolist()
+    until(page, inner, lambda shown: draws(shown["curves"].get("sigma"), expected))
+    save_part(page, "live-subgraph", node_box(page, inner, inner_shift))
+    page.evaluate("app.canvas.setGraph(app.graph)")
+    page.page.wait_for_timeout(1000)
+    until(page, plot, lambda shown: any(draws(curve, expected) for curve in shown["curves"].values()))
     assert page.complaints == []

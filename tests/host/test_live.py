@@ -181,7 +181,7 @@ FLUX = {"family": "flux"}
         ({"1": (SCHEDULE, {"model": FLUX, "spacing": ["2", 0]})}, "has no node '2'"),
         ({"1": (SCHEDULE, {"model": FLUX, "spacing": ["2", 0]}), "2": (TINY, {})}, "takes COMBO"),
         ({"1": (SCHEDULE, {"model": {"family": "dall-e"}})}, "no model of family 'dall-e'; known here: flux"),
-        ({"1": (SCHEDULE, {"model": {"seen": "nothing"}})}, "run it once"),
+        ({"1": (SCHEDULE, {"model": {"seen": "nothing"}})}, "is forgotten.*Run it once"),
         ({"1": (SCHEDULE, {"model": "flux"})}, "a model is a link, a family"),
         ({"1": (SCHEDULE, {"model": {"unknown": "Some Node"}})}, "model comes from Some Node"),
         ({"1": (SCHEDULE, {"model": ["1", 0]})}, "takes MODEL, which that output is not"),
