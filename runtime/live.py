@@ -18,8 +18,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..schedules.families import FAMILIES
-from ..schedules.spacing import flow_grid
-from .model_sampling import noise_grid
+from ..schedules.shift import shift_t
+from .model_sampling import read_sampling
 from .plots import schedule_lines
 from .server import json_response, prompt_server
 from .shells import all_remembered, family_shell, remembered, shell_families, tiny_shell, unknown_flow_shell
@@ -85,7 +85,7 @@ def options(nodes: Nodes) -> dict[str, Any]:
 
 
 def answer(nodes: Nodes, body: bytes) -> dict[str, Any]:
-    """{"curves": [{"label", "x", "y", "dots" or "faint"}], "x_title", "y_title", "y_range", "log", "facts", "notes"}, or {"error": text}.
+    """{"curves", "x_title", "y_title", "y_range", "log", "facts", "notes"}, or {"error"}; curves as `curve` makes them.
 
     `body` is JSON: {"target": id, "nodes": {id: {"type": node id, "inputs": {name: value}}}}. An input's value is a
     widget's value, a link [id, output], {"unknown": where it comes from}, or for a MODEL {"family": key}, {"seen":
@@ -302,8 +302,10 @@ def shift_curves(model: ModelPatcher, shift: float, mu: float) -> dict[str, Any]
     """sigma over the share of the steps that are done, for equal steps in t, beside that of shift 1."""
     t = torch.linspace(1.0, 0.0, 51, dtype=torch.float64)
     x = (100.0 * (1.0 - t)).tolist()
-    shifted = curve("shifted", x, noise_grid(model).sigma_of_t(t).tolist())
-    plain = curve("shift 1", x, flow_grid(1.0).sigma_of_t(t).tolist(), faint=True)
+    stored = read_sampling(model).shift  # what the model would be sampled with, not what the node says about it
+    assert stored is not None, "Flow Shift returns flow models"
+    shifted = curve("shifted", x, shift_t(t, stored).tolist())
+    plain = curve("shift 1", x, t.tolist(), faint=True)
     facts = [f"shift {shift:.4f}", f"mu {mu:.4f}"]
     return {**picture([shifted, plain], "sigma", x_title="% of the steps"), "facts": facts}
 

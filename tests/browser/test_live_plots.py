@@ -1,4 +1,4 @@
-"""Live curves: a widget is dragged in the real page, and what is drawn meanwhile is what Python computes for its value."""
+"""Live curves: a widget is dragged in the real page, and what is drawn meanwhile is what Python computes for it."""
 
 import json
 import time

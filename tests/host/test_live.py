@@ -12,12 +12,13 @@ from tidetable.nodes.model_sampling import FlowShift
 from tidetable.nodes.schedules import Schedule
 from tidetable.runtime import live, shells
 from tidetable.runtime.live import EVALUATED, MAX_BYTES, MAX_POINTS, PATH
-from tidetable.runtime.model_sampling import SPACING_NAMES, detect_family, noise_grid, patch_flow_shift, read_sampling
+from tidetable.runtime.model_sampling import current_sampling, detect_family, patch_flow_shift, read_sampling
 from tidetable.runtime.shells import family_shell, shell_families, shell_of, tiny_shell
 from tidetable.runtime.tiny import TINY_MODELS, build_patcher
 from tidetable.schedules.curves import QUANTITIES
 from tidetable.schedules.families import FAMILIES
 from tidetable.schedules.shift import shift_t
+from tidetable.schedules.spacing import SPACINGS
 from tidetable.tests.host.model_zoo import FLOW, ZOO, discrete, zoo
 
 
@@ -37,6 +38,10 @@ def ask(graph: dict[str, tuple[str, dict]], target: str = "1") -> dict:
     """The answer about a graph {id: (node id, inputs)}, as JSON brings it to the page."""
     nodes = {key: {"type": node_id, "inputs": inputs} for key, (node_id, inputs) in graph.items()}
     return json.loads(json.dumps(live.answer(KNOWN, json.dumps({"target": target, "nodes": nodes}).encode())))
+
+
+def levels(model) -> torch.Tensor:
+    return current_sampling(model).sigmas
 
 
 def drawn(answer: dict, label: str = "sigma") -> list[float]:
@@ -67,27 +72,27 @@ def test_a_shell_says_about_noise_what_its_model_says(name):
         assert list(shell.model.parameters()) == []
         assert (shell.model is not one.model) and detect_family(shell) == detect_family(one)
         assert read_sampling(shell).prediction == read_sampling(one).prediction
-        assert torch.equal(noise_grid(shell).sigmas, noise_grid(one).sigmas)
+        assert torch.equal(levels(shell), levels(one))
     assert sum(parameter.numel() for parameter in model.model.parameters()) > 1000, "the model keeps its own"
 
 
 def test_a_shell_stays_what_it_was_when_its_model_is_changed():
     model = zoo("sd3")
     shell = shell_of(model).patcher()
-    before = noise_grid(shell).sigmas.clone()
+    before = levels(shell).clone()
     model.get_model_object("model_sampling").set_parameters(shift=9.0, multiplier=1000)
-    assert torch.equal(noise_grid(shell).sigmas, before)
+    assert torch.equal(levels(shell), before)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_embedded_models_need_no_file_for_a_preview(name):
-    assert torch.equal(noise_grid(tiny_shell(name).patcher()).sigmas, noise_grid(build_patcher(name)).sigmas)
+    assert torch.equal(levels(tiny_shell(name).patcher()), levels(build_patcher(name)))
 
 
 # ── curves ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("spacing", SPACING_NAMES)
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_schedule_draws_what_it_returns(name, spacing):
     widgets = {"spacing": spacing, "steps": 13, "denoise": 0.7}
@@ -158,9 +163,9 @@ def test_long_schedules_are_thinned_for_the_page_with_both_ends():
 
 
 def test_asking_changes_no_family():
-    before = noise_grid(family_shell("flux").patcher()).sigmas.clone()
+    before = levels(family_shell("flux").patcher()).clone()
     ask({"1": (FLOW_SHIFT, {"mode": "shift", "shift": 9.0, "model": {"family": "flux"}})})
-    assert torch.equal(noise_grid(family_shell("flux").patcher()).sigmas, before)
+    assert torch.equal(levels(family_shell("flux").patcher()), before)
 
 
 # ── what is refused ────────────────────────────────────────────────────────────────────────────────
