@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..runtime.describe import describe
+from ..runtime.flow_shift import FAMILY_CHOICES
 from ..runtime.model_sampling import SHIFT_MODES, patch_flow_shift, patch_zero_terminal_snr
 from ..runtime.shells import remember
 
@@ -39,16 +40,16 @@ class FlowShift(io.ComfyNode):
             display_name="Flow Shift (shift / mu)",
             category="Tidetable/model",
             description="Sets the time shift of a flow model (FLUX, Qwen-Image, SD3, AuraFlow, Z-Image, Lumina, Wan, "
-            "...): how many steps it spends at high noise. Keeps everything else about the model, so it is right for "
-            "all of them.",
+            "LTX, ...): how many steps it spends at high noise. Keeps everything else about the model, so it is right "
+            "for all of them, and says what it did.",
             inputs=[
                 io.Model.Input("model", tooltip="A flow model. It is not changed; the output is a patched copy."),
                 io.Combo.Input(
                     "mode",
                     options=list(SHIFT_MODES),
                     default="official",
-                    tooltip="official: the rule of the model's authors for this width and height. shift or mu: the "
-                    "number below.",
+                    tooltip="official: the rule of the model's authors for this size. shift or mu: the number below. "
+                    "line: mu from two points. sqrt area, log area: from the size and base_size.",
                 ),
                 io.Float.Input(
                     "shift",
@@ -75,8 +76,8 @@ class FlowShift(io.ComfyNode):
                     min=16,
                     max=16384,
                     step=8,
-                    tooltip="Mode official only. Width of the picture to make, in pixels. 0 is not possible. Typical: "
-                    "512 to 2048.",
+                    tooltip="Width of the picture to make, in pixels. Not read in modes shift and mu, nor where a "
+                    "latent is connected. 0 is not possible. Typical: 512 to 2048.",
                 ),
                 io.Int.Input(
                     "height",
@@ -84,8 +85,51 @@ class FlowShift(io.ComfyNode):
                     min=16,
                     max=16384,
                     step=8,
-                    tooltip="Mode official only. Height of the picture to make, in pixels. 0 is not possible. Typical: "
-                    "512 to 2048.",
+                    tooltip="Height of the picture to make, in pixels. Not read in modes shift and mu, nor where a "
+                    "latent is connected. 0 is not possible. Typical: 512 to 2048.",
+                ),
+                io.Combo.Input(
+                    "family",
+                    optional=True,
+                    options=list(FAMILY_CHOICES),
+                    default="auto",
+                    tooltip="Whose rule mode official follows, and whose tokens the other modes count. auto = the "
+                    "family of the model.",
+                ),
+                io.Int.Input(
+                    "length",
+                    optional=True,
+                    default=1,
+                    min=1,
+                    max=16384,
+                    tooltip="Frames of the video to make, where the rule counts them (LTX, line, sqrt area). 1 = a "
+                    "picture. Typical: 81 to 161.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    optional=True,
+                    default=20,
+                    min=1,
+                    max=10000,
+                    tooltip="Sampling steps. Only FLUX.2's official rule reads it. 0 is not possible. Typical: 20 to "
+                    "50.",
+                ),
+                *_line_inputs(),
+                io.Int.Input(
+                    "base_size",
+                    optional=True,
+                    default=1024,
+                    min=16,
+                    max=16384,
+                    step=8,
+                    tooltip="Modes sqrt area and log area only. Edge, in pixels, of the square picture that gets shift "
+                    "1. 0 is not possible. Typical: 256 (SD3's paper), 512 (Ideogram 4), 1024 (log area).",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="If connected, width, height and length are read from it; pictures and videos. It is only "
+                    "read.",
                 ),
             ],
             outputs=[
@@ -98,8 +142,44 @@ class FlowShift(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, mode, shift, mu, width, height) -> io.NodeOutput:
-        return io.NodeOutput(*patch_flow_shift(remember(model), mode, shift, mu, width, height))
+    def execute(
+        cls, model, mode, shift, mu, width, height, family="auto", length=1, steps=20,
+        x1=256.0, y1=0.5, x2=4096.0, y2=1.15, base_size=1024, latent=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        size = (width, height, family, length, steps)
+        *values, text = patch_flow_shift(remember(model), mode, shift, mu, *size, x1, y1, x2, y2, base_size, latent)
+        return io.NodeOutput(*values, ui=ui.PreviewText(text))
+
+
+def _line_inputs() -> list[io.Float.Input]:
+    """The two points (tokens, mu) of mode line."""
+    inputs = []
+    for end, tokens, mu in (("1", 256.0, 0.5), ("2", 4096.0, 1.15)):
+        inputs.append(
+            io.Float.Input(
+                f"x{end}",
+                optional=True,
+                default=tokens,
+                min=0.0,
+                max=1_000_000.0,
+                step=1.0,
+                tooltip=f"Mode line only. Tokens at point {end}; a token is 16×16 pixels for most models. 0 = none. "
+                "Typical: 256 and 4096.",
+            )
+        )
+        inputs.append(
+            io.Float.Input(
+                f"y{end}",
+                optional=True,
+                default=mu,
+                min=-5.0,
+                max=7.0,
+                step=0.01,
+                round=False,
+                tooltip=f"Mode line only. mu at point {end}, no unit. 0 = no shift there. Typical: 0.5 and 1.15.",
+            )
+        )
+    return inputs
 
 
 class ZeroTerminalSNR(io.ComfyNode):

@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 
-from ..schedules.families import Family, official_shift
+from ..schedules.families import official_shift
+from ..schedules.family import Family
 from .model_sampling import Sampling, class_names, detect_family, has_discrete_table, read_sampling
 
 
@@ -67,8 +68,10 @@ def _shift(sampling: Sampling, family: Family | None) -> str:
     text = f"α {sampling.shift:.4f} = e^mu, mu {sampling.mu:.4f}"
     if family is None or family.rule is None:
         return text
-    shift, mu = official_shift(family, family.default_width, family.default_height)
-    return f"{text}; official at {family.default_width}×{family.default_height}: α {shift:.4f}, mu {mu:.4f}"
+    shift, mu = official_shift(family, family.default_width, family.default_height, family.default_length)
+    frames = f", {family.default_length} frames" if family.default_length > 1 else ""
+    size = f"{family.default_width}×{family.default_height}{frames}"
+    return f"{text}; official at {size}: α {shift:.4f}, mu {mu:.4f}"
 
 
 def _timestep(sampling: Sampling) -> str:

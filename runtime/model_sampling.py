@@ -14,18 +14,21 @@ import comfy.model_sampling as host_sampling
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..schedules.families import FAMILIES, Family, family_of, official_shift
+from ..schedules.families import family_named, family_of
+from ..schedules.family import Family
 from ..schedules.prediction import Prediction
 from ..schedules.process import VP, Flow, NoiseProcess
-from ..schedules.shift import mu_from_shift, require_shift, shift_from_mu
+from ..schedules.shift import FLUX_LINE, MuLine, mu_from_shift, shift_from_mu
+from ..schedules.shift_modes import SHIFT_MODES as SHIFT_MODES
+from ..schedules.shift_modes import ShiftChoice, chosen_shift
 from ..schedules.spacing import SPACINGS, NoiseGrid, flow_grid, schedule, table_grid
 from ..schedules.validate import MAX_STEPS as MAX_STEPS
 from ..schedules.ztsnr import TERMINAL_ALPHA_BAR, rescale_zero_terminal_snr
+from .flow_shift import generic_family, how_chosen, latent_size, upstream_notes
 
 
 logger = logging.getLogger(__name__)
 
-SHIFT_MODES = ("official", "shift", "mu")
 SPACING_NAMES = tuple(SPACINGS)
 _FLOW_SCHEDULES = (host_sampling.ModelSamplingDiscreteFlow, host_sampling.ModelSamplingFlux)
 _PREDICTIONS: dict[str, Prediction | None] = {
@@ -114,37 +117,59 @@ def make_schedule(model: ModelPatcher, spacing: str, steps: int, denoise: float)
     return schedule(noise_grid(model), spacing, steps, denoise).float()
 
 
-def resolve_shift(
-    model: ModelPatcher, mode: str, shift: float, mu: float, width: int, height: int
-) -> tuple[float, float]:
-    """(shift, mu) that `mode` asks for. ValueError for a bad number, an unknown mode or a family without a rule."""
-    if mode == "shift":
-        return shift, mu_from_shift(require_shift(shift))
-    if mode == "mu":
-        return shift_from_mu(mu), mu
-    if mode != "official":
-        raise ValueError(f"unknown mode {mode[:40]!r}; use one of {', '.join(SHIFT_MODES)}")
-    family = detect_family(model)
-    if family is None or family.rule is None:
-        known = ", ".join(key for key, family in FAMILIES.items() if family.rule is not None)
+def rule_family(model: ModelPatcher, mode: str, key: str = "auto") -> Family:
+    """The family whose rule and token sizes hold: `key`, or for "auto" the detected one, or else sizes alone.
+
+    ValueError for an unknown key, and where mode "official" finds no rule.
+    """
+    family = detect_family(model) if key == "auto" else family_named(key)
+    if mode == "official" and (family is None or family.rule is None):
         name = family.title if family else f"{type(model.model.model_config).__name__} ({type(model.model).__name__})"
         raise ValueError(
-            f"no official shift is known for {name}; known are {known}. Use mode shift or mu and give the number"
+            f"no official shift is known for {name}. Set family to the one whose rule it should follow, or use mode "
+            "shift or mu and give the number"
         )
-    return official_shift(family, width, height)
+    return family or generic_family(model.model.latent_format)
 
 
 def patch_flow_shift(
-    model: ModelPatcher, mode: str, shift: float, mu: float, width: int, height: int
-) -> tuple[ModelPatcher, float, float]:
-    """A clone of a flow MODEL with another time shift, and that shift and its mu.
+    model: ModelPatcher,
+    mode: str,
+    shift: float,
+    mu: float,
+    width: int,
+    height: int,
+    family: str = "auto",
+    length: int = 1,
+    steps: int = 20,
+    x1: float = FLUX_LINE.x1,
+    y1: float = FLUX_LINE.y1,
+    x2: float = FLUX_LINE.x2,
+    y2: float = FLUX_LINE.y2,
+    base_size: int = 1024,
+    latent: dict | None = None,
+) -> tuple[ModelPatcher, float, float, str]:
+    """A clone of a flow MODEL with another time shift, that shift and its mu, and words about what was done.
 
-    Multiplier, table length, noise scale and audio shift stay as they are. ValueError where it is not a flow model.
+    Multiplier, table length, noise scale and audio shift stay as they are. A LATENT replaces width, height and length.
+    ValueError where it is not a flow model, and for numbers out of range.
     """
-    host = current_sampling(model)
+    host, original = current_sampling(model), model.model.model_sampling
     if not isinstance(host, _FLOW_SCHEDULES):
-        raise ValueError(_no_shift_message(read_sampling(model)))
-    shift, mu = resolve_shift(model, mode, shift, mu, width, height)
+        raise ValueError(_no_shift_message(read_sampling(model), isinstance(original, _FLOW_SCHEDULES)))
+    rule = rule_family(model, mode, family)
+    choice = ShiftChoice(mode, shift, mu, width, height, length, steps, MuLine(x1, y1, x2, y2), base_size)
+    if latent is not None:
+        latent_format = model.model.latent_format
+        own = detect_family(model) or generic_family(latent_format)
+        choice = choice.resized(*latent_size(latent, latent_format.latent_channels, own))
+    shift, mu = chosen_shift(choice, rule)
+    notes = [f"α {shift:.4f}, mu {mu:.4f}: {how_chosen(choice, rule)}", *upstream_notes(host, original, rule)]
+    return _with_sampling(model, _reshifted(host, shift, mu)), shift, mu, "\n".join(notes)
+
+
+def _reshifted(host: Any, shift: float, mu: float) -> Any:
+    """A copy of a flow schedule with this shift and everything else as it was."""
     patched = copy.deepcopy(host)
     timesteps = len(host.sigmas)
     if isinstance(host, host_sampling.ModelSamplingFlux):
@@ -153,7 +178,7 @@ def patch_flow_shift(
         # Left out, multiplier would fall back to 1000 and audio_shift to none.
         audio = {"audio_shift": host.audio_shift} if hasattr(host, "audio_shift") else {}
         patched.set_parameters(shift=shift, timesteps=timesteps, multiplier=host.multiplier, **audio)
-    return _with_sampling(model, patched), shift, mu
+    return patched
 
 
 def patch_zero_terminal_snr(model: ModelPatcher) -> ModelPatcher:
@@ -205,8 +230,10 @@ def class_names(host: Any) -> str:
     return " + ".join(base.__name__ for base in bases) if len(bases) > 1 else type(host).__name__
 
 
-def _no_shift_message(sampling: Sampling) -> str:
+def _no_shift_message(sampling: Sampling, was_flow: bool) -> str:
     start = f"this is not a flow model but {class_names(sampling.host)}, so it has no shift"
+    if was_flow:
+        return f"{start}; its checkpoint is one, so an earlier model-sampling node made it so. Remove that node"
     if sampling.prediction in ("v", "x0"):
         return (
             f"{start}. To fix the noise schedule of a {sampling.prediction} model use "

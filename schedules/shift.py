@@ -74,6 +74,20 @@ def mu_from_image_tokens(tokens: float, line: MuLine) -> float:
     return line.y1 + (line.y2 - line.y1) * (tokens - line.x1) / (line.x2 - line.x1)
 
 
+FLUX_LINE = MuLine(256, 0.5, 4096, 1.15)
+"""FLUX.1's, the default of diffusers' `calculate_shift`."""
+
+
+def empirical_mu(tokens: float, steps: int) -> float:
+    """FLUX.2's mu: linear in steps between two lines in tokens, one fitted at 10 steps and one at 200.
+
+    Above 4300 tokens the second line alone, so mu jumps there: 50 steps, shift 7.73 at 4300 tokens, 3.27 at 4301. The
+    second line is FLUX.1's (`compute_empirical_mu` of black-forest-labs/flux2, src/flux2/sampling.py).
+    """
+    at_10, at_200 = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    return at_200 if tokens > 4300 else at_200 + (at_200 - at_10) / 190.0 * (steps - 200.0)
+
+
 def image_tokens(width: int, height: int, pixels_per_token: int = 16) -> int:
     """Tokens of an image in pixels: whole patches only, as the official pipelines crop. 16 = VAE factor 8 × patch 2."""
     if width < pixels_per_token or height < pixels_per_token:

@@ -1,0 +1,66 @@
+"""The ways to say how much a flow model's time is shifted, as one choice of numbers."""
+
+import math
+from dataclasses import dataclass, replace
+
+from .families import official_shift
+from .family import GENERIC, Family
+from .shift import FLUX_LINE, MuLine, log_area_mu, mu_from_image_tokens, mu_from_shift, require_shift, shift_from_mu
+
+
+SHIFT_MODES = ("official", "shift", "mu", "line", "sqrt area", "log area")
+
+
+@dataclass(frozen=True)
+class ShiftChoice:
+    """A mode and every number that some mode reads."""
+
+    mode: str = "official"
+    shift: float = 3.0
+    mu: float = 1.15
+    width: int = 1024
+    """Pixels."""
+    height: int = 1024
+    length: int = 1
+    """Frames."""
+    steps: int = 20
+    """Only FLUX.2's official rule reads it."""
+    line: MuLine = FLUX_LINE
+    base_size: int = 1024
+    """Edge in pixels of the square picture at which the area modes give shift 1."""
+
+    def resized(self, width: int, height: int, length: int) -> "ShiftChoice":
+        return replace(self, width=width, height=height, length=length)
+
+
+def chosen_shift(choice: ShiftChoice, family: Family = GENERIC) -> tuple[float, float]:
+    """(shift, mu) of a choice. `family` says how large a token is; mode "official" needs one that has a rule.
+
+    Raises ValueError for an unknown mode and for numbers out of range.
+    """
+    c = choice
+    match c.mode:
+        case "shift":
+            return c.shift, mu_from_shift(require_shift(c.shift))
+        case "mu":
+            return shift_from_mu(c.mu), c.mu
+        case "line":
+            if c.line.x1 == c.line.x2:
+                raise ValueError(f"a line needs two different points, but x1 and x2 are both {c.line.x1:g} tokens")
+            mu = mu_from_image_tokens(family.tokens(c.width, c.height, c.length), c.line)
+        case "sqrt area":
+            tokens = family.tokens(c.width, c.height, c.length)
+            mu = 0.5 * math.log(tokens / (_base(c) / family.pixels_per_token) ** 2)
+        case "log area":
+            mu = log_area_mu(c.width, c.height, _base(c) ** 2)
+        case "official":
+            return official_shift(family, c.width, c.height, c.length, c.steps)
+        case _:
+            raise ValueError(f"unknown mode {c.mode[:40]!r}; use one of {', '.join(SHIFT_MODES)}")
+    return shift_from_mu(mu), mu
+
+
+def _base(choice: ShiftChoice) -> int:
+    if choice.base_size <= 0:
+        raise ValueError(f"base_size must be above 0 pixels, got {choice.base_size}; 256, 512 and 1024 are usual")
+    return choice.base_size
