@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
-from . import guidance, model_sampling, plots, schedules, tiny, training
+from . import guidance, model_sampling, plots, prediction, schedules, tiny, training
 
 
 NODES: list[type[io.ComfyNode]] = [
     *model_sampling.NODES,
+    *prediction.NODES,
     *schedules.NODES,
     *plots.NODES,
     *guidance.NODES,
