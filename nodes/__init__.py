@@ -3,11 +3,12 @@
 from comfy_api.latest import io
 
 from ..runtime.live import serve_curves as serve_curves
-from . import guidance, model_sampling, official, plots, schedules, tiny, training
+from . import guidance, model_sampling, official, plots, prediction, schedules, tiny, training
 
 
 NODES: list[type[io.ComfyNode]] = [
     *model_sampling.NODES,
+    *prediction.NODES,
     *schedules.NODES,
     *official.NODES,
     *plots.NODES,

@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..runtime.describe import describe
 from ..runtime.flow_shift import FAMILY_CHOICES
-from ..runtime.model_sampling import SHIFT_MODES, patch_flow_shift, patch_zero_terminal_snr
+from ..runtime.model_sampling import SHIFT_MODES, patch_flow_shift
 from ..runtime.shells import remember
 
 
@@ -182,30 +182,4 @@ def _line_inputs() -> list[io.Float.Input]:
     return inputs
 
 
-class ZeroTerminalSNR(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="Tidetable_ZeroTerminalSNR",
-            display_name="Zero Terminal SNR",
-            category="Tidetable/model",
-            description="Rescales the noise schedule of a v- or x0-prediction model so that its last step is pure "
-            "noise, which lets it make very dark and very bright pictures. For models trained that way.",
-            inputs=[
-                io.Model.Input(
-                    "model", tooltip="A model with v or x0 prediction. It is not changed; the output is a patched copy."
-                ),
-            ],
-            outputs=[
-                io.Model.Output(
-                    display_name="MODEL", tooltip="The model with zero terminal SNR (largest sigma 4518.76)."
-                )
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model) -> io.NodeOutput:
-        return io.NodeOutput(patch_zero_terminal_snr(model))
-
-
-NODES: list[type[io.ComfyNode]] = [DescribeModel, FlowShift, ZeroTerminalSNR]
+NODES: list[type[io.ComfyNode]] = [DescribeModel, FlowShift]

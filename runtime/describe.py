@@ -8,6 +8,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..schedules.families import official_shift
 from ..schedules.family import Family
+from ..schedules.ztsnr import PURE_NOISE_SNR
 from .model_sampling import Sampling, class_names, detect_family, has_discrete_table, read_sampling
 
 
@@ -37,11 +38,12 @@ def describe(model: ModelPatcher) -> str:
         "prediction": _EQUATIONS.get(
             sampling.prediction or "", f"none of eps, x0, v, velocity ({class_names(sampling.host)})"
         ),
-        "process": _process(sampling),
+        "process": _process(sampling, family),
         "shift": _shift(sampling, family),
         "timestep": _timestep(sampling),
         "sigma range": _sigma_range(sampling),
-        "terminal SNR": f"{sampling.terminal_snr:.3g}" + (" (pure noise)" if sampling.terminal_snr < 1e-6 else ""),
+        "terminal SNR": f"{sampling.terminal_snr:.3g}"
+        + (" (pure noise)" if sampling.terminal_snr < PURE_NOISE_SNR else ""),
         "latent": _latent(model.model.latent_format),
         "patches": "".join(f"\n  {line}" for line in _patches(model)) or "none",
     }
@@ -53,10 +55,12 @@ def _family(model: ModelPatcher, family: Family | None) -> str:
     return f"{family.title} [{family.key}] ({classes})" if family else f"not in Tidetable's list ({classes})"
 
 
-def _process(sampling: Sampling) -> str:
+def _process(sampling: Sampling, family: Family | None) -> str:
     classes = class_names(sampling.host)
     if sampling.shift is not None:
-        return f"flow, x = (1 − σ)·x0 + σ·noise ({classes})"
+        grafted = family is not None and family.process != "flow"
+        note = "; right for a flow-matching finetune of this family only (Flow Graft)" if grafted else ""
+        return f"flow, x = (1 − σ)·x0 + σ·noise ({classes}){note}"
     return (
         f"variance preserving, x = x0 + σ·noise scaled to unit variance, {len(sampling.host.sigmas)} levels ({classes})"
     )

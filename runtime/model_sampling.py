@@ -6,7 +6,6 @@ stores mu where an SD3 model stores shift, both under the name `shift`.
 """
 
 import copy
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,27 +22,12 @@ from ..schedules.shift_modes import SHIFT_MODES as SHIFT_MODES
 from ..schedules.shift_modes import ShiftChoice, chosen_shift
 from ..schedules.spacing import SPACINGS, NoiseGrid, flow_grid, schedule, table_grid
 from ..schedules.validate import MAX_STEPS as MAX_STEPS
-from ..schedules.ztsnr import TERMINAL_ALPHA_BAR, rescale_zero_terminal_snr
 from .flow_shift import generic_family, how_chosen, latent_size, upstream_notes
+from .process import prediction_of
 
-
-logger = logging.getLogger(__name__)
 
 SPACING_NAMES = tuple(SPACINGS)
 _FLOW_SCHEDULES = (host_sampling.ModelSamplingDiscreteFlow, host_sampling.ModelSamplingFlux)
-_PREDICTIONS: dict[str, Prediction | None] = {
-    "EPS": "eps",
-    "V_PREDICTION": "v",
-    "V_PREDICTION_DDPM": "v",
-    "X0": "x0",
-    "CONST": "velocity",
-    # Derived from the above, but their outputs are none of our predictions.
-    "EDM": None,
-    "LCM": None,
-    "IMG_TO_IMG": None,
-    "IMG_TO_IMG_FLOW": None,
-    "COSMOS_RFLOW": None,
-}
 
 
 @dataclass(frozen=True)
@@ -82,9 +66,7 @@ def current_sampling(model: ModelPatcher) -> Any:
 def read_sampling(model: ModelPatcher) -> Sampling:
     """Read the patched model_sampling of a MODEL."""
     host = current_sampling(model)
-    # The host derives its classes from each other, so the nearest name in the resolution order decides.
-    name = next((cls.__name__ for cls in type(host).__mro__ if cls.__name__ in _PREDICTIONS), "")
-    prediction = _PREDICTIONS.get(name)
+    prediction = prediction_of(host)
     if isinstance(host, host_sampling.ModelSamplingFlux):
         return Sampling(host, prediction, Flow(), shift_from_mu(float(host.shift)), 1.0)
     if isinstance(host, host_sampling.ModelSamplingDiscreteFlow):
@@ -179,37 +161,6 @@ def _reshifted(host: Any, shift: float, mu: float) -> Any:
         audio = {"audio_shift": host.audio_shift} if hasattr(host, "audio_shift") else {}
         patched.set_parameters(shift=shift, timesteps=timesteps, multiplier=host.multiplier, **audio)
     return patched
-
-
-def patch_zero_terminal_snr(model: ModelPatcher) -> ModelPatcher:
-    """A clone of a v or x0 MODEL with its noise table rescaled to zero terminal SNR. ValueError for other models."""
-    sampling = read_sampling(model)
-    host = sampling.host
-    if sampling.shift is not None:
-        raise ValueError(
-            "this is a flow model: its last noise level is already pure noise (terminal SNR 0). "
-            "To move its noise levels use Flow Shift (Tidetable_FlowShift)"
-        )
-    if sampling.prediction == "eps":
-        raise ValueError(
-            "this model predicts noise (eps), and with zero terminal SNR that says nothing about the image: in pure "
-            "noise the denoised image is x - sigma * eps with sigma = 4518, so an error of 0.001 becomes 4.5. Use a "
-            "model trained with v prediction; if this one was, set it with ComfyUI's ModelSamplingDiscrete "
-            "(v_prediction) first"
-        )
-    if sampling.prediction not in ("v", "x0") or not has_discrete_table(host):
-        raise ValueError(
-            f"zero terminal SNR is defined for v and x0 models with a discrete noise table, not for {class_names(host)}"
-        )
-    patched = copy.deepcopy(host)
-    alpha_bar = 1.0 / (1.0 + host.sigmas.cpu().double() ** 2)
-    if float(alpha_bar[-1]) <= 1.001 * TERMINAL_ALPHA_BAR:
-        logger.info("the model has zero terminal SNR already; its noise table is kept")
-    else:
-        alpha_bar = rescale_zero_terminal_snr(alpha_bar).clamp(min=TERMINAL_ALPHA_BAR)
-        patched.set_sigmas(((1.0 - alpha_bar) / alpha_bar).sqrt())
-    patched.zsnr = True
-    return _with_sampling(model, patched)
 
 
 def has_discrete_table(host: Any) -> bool:

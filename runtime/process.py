@@ -9,8 +9,23 @@ from ..schedules.prediction import Prediction
 from ..schedules.process import VP, Flow, NoiseProcess
 
 
-_PREDICTIONS: dict[str, Prediction] = {"EPS": "eps", "V_PREDICTION": "v", "X0": "x0", "CONST": "velocity"}
-_OTHERS = ("EDM", "IMG_TO_IMG", "IMG_TO_IMG_FLOW", "COSMOS_RFLOW", "V_PREDICTION_DDPM", "LCM")
+_PREDICTIONS: dict[str, Prediction | None] = {
+    "EPS": "eps",
+    "V_PREDICTION": "v",
+    "V_PREDICTION_DDPM": "v",
+    "X0": "x0",
+    "CONST": "velocity",
+    # Ours, for what ComfyUI has no class for (prediction.py).
+    "FlowX0": "x0",
+    "FlowV": "v",
+    "RatioVelocity": "velocity",
+    # Derived from the above, but their outputs are none of our predictions.
+    "EDM": None,
+    "LCM": None,
+    "IMG_TO_IMG": None,
+    "IMG_TO_IMG_FLOW": None,
+    "COSMOS_RFLOW": None,
+}
 
 
 def prediction_of(model_sampling: Any) -> Prediction | None:
@@ -18,19 +33,16 @@ def prediction_of(model_sampling: Any) -> Prediction | None:
 
     ComfyUI's classes inherit from each other, so the first known name along the method resolution order decides.
     """
-    for cls in type(model_sampling).__mro__:
-        if cls.__name__ in _OTHERS:
-            return None
-        if cls.__name__ in _PREDICTIONS:
-            return _PREDICTIONS[cls.__name__]
-    return None
+    name = next((cls.__name__ for cls in type(model_sampling).__mro__ if cls.__name__ in _PREDICTIONS), "")
+    return _PREDICTIONS.get(name)
 
 
 def process_of(model_sampling: Any) -> NoiseProcess | None:
-    """The noise process in this pack's terms, or None where it has none (EDM's continuous ranges, Cascade)."""
+    """The noise process in this pack's terms, or None where it has none (EDM's continuous ranges, unscaled inputs)."""
     if isinstance(model_sampling, host.CONST):
         return Flow()
-    if isinstance(model_sampling, host.ModelSamplingDiscrete) and float(model_sampling.sigma_data) == 1.0:
+    discrete = isinstance(model_sampling, host.ModelSamplingDiscrete) and isinstance(model_sampling, host.EPS)
+    if discrete and float(model_sampling.sigma_data) == 1.0:
         return VP.from_ratios(model_sampling.sigmas)
     return None
 

@@ -48,12 +48,8 @@ def target(kind: Prediction, x0: Tensor, eps: Tensor, t: Tensor | float, process
     return expand(a, x0) * x0 + expand(b, eps) * eps
 
 
-def to_x0_eps(
-    value: Tensor, kind: Prediction, x_t: Tensor, t: Tensor | float, process: NoiseProcess
-) -> tuple[Tensor, Tensor]:
-    """Solve for (x0, eps) from a prediction and the noisy sample it was made at, both [B, …]."""
-    t = as_time(t)
-    alpha, sigma = process.alpha(t), process.sigma(t)
+def solve(value: Tensor, kind: Prediction, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(x0, eps) from a prediction and the noisy sample it was made at, both [B, …]; alpha, sigma () or [B]."""
     a, b = coefficients(kind, alpha, sigma)
     determinant = expand(a * sigma - b * alpha, x_t)
     alpha, sigma, a, b = (expand(c, x_t) for c in (alpha, sigma, a, b))
@@ -63,16 +59,35 @@ def to_x0_eps(
     return x0, eps
 
 
+def to_x0_eps(
+    value: Tensor, kind: Prediction, x_t: Tensor, t: Tensor | float, process: NoiseProcess
+) -> tuple[Tensor, Tensor]:
+    """`solve` at time t of a process."""
+    t = as_time(t)
+    return solve(value, kind, x_t, process.alpha(t), process.sigma(t))
+
+
+def convert_at(
+    value: Tensor, source: Prediction, dest: Prediction, x_t: Tensor, alpha: Tensor, sigma: Tensor
+) -> Tensor:
+    """A prediction of kind `source` expressed as kind `dest`, at x_t = alpha·x0 + sigma·eps [B, …]."""
+    if source == dest:
+        return value
+    x0, eps = solve(value, source, x_t, alpha, sigma)
+    if dest == "x0":
+        return x0
+    if dest == "eps":
+        return eps
+    a, b = coefficients(dest, alpha, sigma)
+    return expand(a, x0) * x0 + expand(b, eps) * eps
+
+
 def convert(
     value: Tensor, source: Prediction, dest: Prediction, x_t: Tensor, t: Tensor | float, process: NoiseProcess
 ) -> Tensor:
-    """A prediction of kind `source` expressed as kind `dest`; value and x_t [B, …]."""
-    if source == dest:
-        return value
-    x0, eps = to_x0_eps(value, source, x_t, t, process)
-    if dest == "x0":
-        return x0
-    return eps if dest == "eps" else target(dest, x0, eps, t, process)
+    """`convert_at` time t of a process."""
+    t = as_time(t)
+    return convert_at(value, source, dest, x_t, process.alpha(t), process.sigma(t))
 
 
 def denoised(value: Tensor, kind: Prediction, x_t: Tensor, t: Tensor | float, process: NoiseProcess) -> Tensor:

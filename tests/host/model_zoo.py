@@ -132,12 +132,12 @@ LATENT = {
 }
 
 
-def zoo(name: str) -> comfy.model_patcher.ModelPatcher:
-    """The family's MODEL with seeded random weights, in float32 on the CPU."""
+def zoo(name: str, keys: dict[str, torch.Tensor] | None = None) -> comfy.model_patcher.ModelPatcher:
+    """The family's MODEL with seeded random weights, in float32 on the CPU; `keys` are what its checkpoint holds."""
     config_class, network = ZOO[name]
     config = getattr(comfy.supported_models, config_class)(dict(network))
     config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "", device=torch.device("cpu"))
+    model = config.get_model(keys or {}, "", device=torch.device("cpu"))
     initialize(model.diffusion_model, seed=0)
     model.requires_grad_(False).eval()
     cpu = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Describe Model, Flow Shift and Zero Terminal SNR on real ComfyUI models of every family."""
+"""Describe Model and Flow Shift on real ComfyUI models of every family."""
 
 import copy
 import inspect
@@ -13,7 +13,7 @@ import torch
 from comfy.model_base import ModelType
 from comfy_extras import nodes_model_advanced
 
-from tidetable.nodes.model_sampling import DescribeModel, FlowShift, ZeroTerminalSNR
+from tidetable.nodes.model_sampling import DescribeModel, FlowShift
 from tidetable.runtime.model_sampling import detect_family, patch_flow_shift, read_sampling
 from tidetable.runtime.tiny import build_patcher, load_tiny_vae
 from tidetable.runtime.tiny_text import CONTEXT_WIDTH
@@ -201,59 +201,6 @@ def test_flow_shift_refuses_bad_numbers(models, name, arguments, message):
     assert fingerprint(models[name]) == before
 
 
-# ── Zero Terminal SNR ───────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("sampling", ["v_prediction", "x0"])
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_zero_terminal_snr_is_cores_schedule_with_the_same_prediction(models, name, sampling):
-    model = discrete(models[name], sampling)
-    before = fingerprint(model)
-    patched = ZeroTerminalSNR.execute(model).args[0]
-    new, old = patched.get_model_object("model_sampling"), model.get_model_object("model_sampling")
-    theirs = discrete(models[name], sampling, zsnr=True).get_model_object("model_sampling")
-    assert type(new) is type(old) and new.zsnr is True
-    torch.testing.assert_close(new.sigmas, theirs.sigmas, rtol=2e-4, atol=0)  # they subtract in float32
-    torch.testing.assert_close(new.log_sigmas, new.sigmas.log(), rtol=1e-6, atol=1e-6)
-    assert float(new.sigma_min) == pytest.approx(float(old.sigma_min), rel=1e-6)
-    assert float(new.sigma_max) == pytest.approx(4518.76, abs=0.01)
-    assert int(new.timestep(new.sigma_max)) == 999
-    assert fingerprint(model) == before
-
-
-def test_zero_terminal_snr_twice_is_once(models):
-    once = ZeroTerminalSNR.execute(discrete(models["sd15"], "v_prediction")).args[0]
-    twice = ZeroTerminalSNR.execute(once).args[0]
-    assert torch.equal(*(m.get_model_object("model_sampling").sigmas for m in (once, twice)))
-
-
-def test_a_model_that_was_trained_so_keeps_its_table():
-    model = build_patcher("unet-v")
-    patched = ZeroTerminalSNR.execute(model).args[0]
-    assert torch.equal(patched.get_model_object("model_sampling").sigmas, model.model.model_sampling.sigmas)
-
-
-def test_zero_terminal_snr_refuses_eps_with_the_reason(models):
-    for model in (models["sd15"], models["sdxl"], build_patcher("unet-eps")):
-        before = fingerprint(model)
-        with pytest.raises(ValueError, match=r"predicts noise \(eps\).*4518.*v prediction"):
-            ZeroTerminalSNR.execute(model)
-        assert fingerprint(model) == before
-
-
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_zero_terminal_snr_sends_flow_models_to_flow_shift(models, name):
-    with pytest.raises(ValueError, match="flow model.*Tidetable_FlowShift"):
-        ZeroTerminalSNR.execute(models[name])
-
-
-@pytest.mark.parametrize("kind", ["EDM", "V_PREDICTION_EDM", "V_PREDICTION_CONTINUOUS", "IMG_TO_IMG", "FLOW_COSMOS"])
-def test_zero_terminal_snr_refuses_other_processes(models, kind):
-    model = with_sampling(models["sd15"], ModelType[kind])
-    with pytest.raises(ValueError, match="defined for v and x0 models with a discrete noise table"):
-        ZeroTerminalSNR.execute(model)
-
-
 # ── Describe Model and what it reads ────────────────────────────────────────────────────────────────
 
 
@@ -336,7 +283,7 @@ def test_description_counts_what_was_patched(models):
         assert expected in patches
 
 
-@pytest.mark.parametrize("execute", [DescribeModel.execute, ZeroTerminalSNR.execute, lambda m: shifted(m, 2.0)])
+@pytest.mark.parametrize("execute", [DescribeModel.execute, lambda m: shifted(m, 2.0)])
 def test_the_wrong_kind_of_thing_is_named(execute):
     for thing, name in ((None, "NoneType"), ("model", "str"), (load_tiny_vae().patcher, "_Resample")):
         with pytest.raises(ValueError, match=f"expected a diffusion MODEL, got {name}"):
@@ -364,7 +311,7 @@ def test_sampling_feels_the_shift_and_the_original_does_not():
 
 
 def test_every_input_says_unit_zero_and_range():
-    for node in (DescribeModel, FlowShift, ZeroTerminalSNR):
+    for node in (DescribeModel, FlowShift):
         schema = node.define_schema()
         assert schema.node_id.startswith("Tidetable_") and schema.category.startswith("Tidetable/")
         assert all(entry.tooltip for entry in schema.inputs) and all(out.display_name for out in schema.outputs)

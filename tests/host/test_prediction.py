@@ -1,0 +1,518 @@
+"""Prediction, Flow Graft and Convert Prediction on real ComfyUI models."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import comfy.model_base
+import comfy.model_sampling as host_sampling
+import comfy.sample
+import pytest
+import torch
+from comfy.model_base import ModelType
+from comfy_extras import nodes_model_advanced
+
+from tidetable.nodes.model_sampling import DescribeModel, FlowShift
+from tidetable.nodes.prediction import ConvertPrediction, FlowGraft, Prediction, ZeroTerminalSNR
+from tidetable.runtime.model_sampling import patch_flow_shift, read_sampling
+from tidetable.runtime.process import prediction_of, process_of
+from tidetable.runtime.tiny import build_patcher, load_tiny_model, load_tiny_vae
+from tidetable.runtime.tiny_text import CONTEXT_WIDTH
+from tidetable.runtime.trainable import training_session
+from tidetable.schedules.bridge import Bridge
+from tidetable.schedules.prediction import PREDICTIONS, target
+from tidetable.schedules.process import VE, VP, Flow
+from tidetable.tests.host.comparing import fingerprint
+from tidetable.tests.host.exact_networks import ExactNetwork, denoised, with_network
+from tidetable.tests.host.model_zoo import ZOO, discrete, zoo
+
+
+FLOW = ("sd3", "flux", "auraflow", "wan")
+NEWER_HOST = hasattr(ModelType, "FLOW_AV")
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_node():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: zoo(name) for name in ZOO}
+
+
+def with_sampling(model, model_type, **settings):
+    """`model` with the model_sampling that ComfyUI would build for another model type and other settings."""
+    config = SimpleNamespace(sampling_settings=settings)
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", comfy.model_base.model_sampling(config, model_type))
+    return clone
+
+
+def sampling(model):
+    return model.get_model_object("model_sampling")
+
+
+def read_as(model, prediction):
+    return Prediction.execute(model, prediction).args[0]
+
+
+def without_class(host):
+    """The state of a model_sampling object: everything but its class."""
+    state = {k: v for k, v in vars(host).items() if not k.startswith("_")}
+    return state | {k: v.tolist() for k, v in host.state_dict().items()}
+
+
+# ── every combination is exact ──────────────────────────────────────────────────────────────────────
+
+
+def continuous(kind, sigma_max, sigma_min):
+    return lambda model: nodes_model_advanced.ModelSamplingContinuousEDM().patch(model, kind, sigma_max, sigma_min)[0]
+
+
+def rows(model):
+    table = sampling(model).sigmas.double()
+    return lambda timestep: table[timestep.long()]
+
+
+PROCESSES = {
+    # name: (family, how the MODEL gets its schedule, level of a timestep, predictions)
+    "vp table": ("sd15", lambda m: m, rows, ("eps", "v", "x0", "velocity", "edm")),
+    "zero-terminal table": (
+        "sd15",
+        lambda m: ZeroTerminalSNR.execute(discrete(m, "x0")).args[0],
+        rows,
+        ("v", "x0", "velocity", "edm"),
+    ),
+    "zero-terminal table, capped": (
+        "sdxl",
+        lambda m: ZeroTerminalSNR.execute(m, 160.0).args[0],
+        rows,
+        ("eps", "v", "x0", "velocity", "edm"),
+    ),
+    "edm range": (
+        "sd15",
+        continuous("edm", 80.0, 0.002),
+        lambda m: lambda timestep: (4.0 * timestep).exp(),
+        ("eps", "v", "x0", "velocity", "edm"),
+    ),
+    "v range": (
+        "sd15",
+        lambda m: nodes_model_advanced.ModelSamplingContinuousV().patch(m, "v_prediction", 500.0, 0.03)[0],
+        lambda m: lambda timestep: (timestep * math.pi / 2).tan(),
+        ("eps", "v", "x0", "velocity", "edm"),
+    ),
+    "flow, t·1000": ("sd3", lambda m: m, lambda m: lambda timestep: timestep / 1000.0, ("velocity", "v", "x0")),
+    "flow, t": ("auraflow", lambda m: m, lambda m: lambda timestep: timestep, ("velocity", "v", "x0")),
+    "flow, mu": ("flux", lambda m: m, lambda m: lambda timestep: timestep, ("velocity", "v", "x0")),
+    "flow, video": ("wan", lambda m: m, lambda m: lambda timestep: timestep / 1000.0, ("velocity", "v", "x0")),
+    "flow, grafted": (
+        "sdxl",
+        lambda m: FlowGraft.execute(m, 3.0).args[0],
+        lambda m: lambda timestep: timestep / 1000.0,
+        ("velocity", "v", "x0"),
+    ),
+}
+COMBINATIONS = [(process, kind) for process, case in PROCESSES.items() for kind in case[-1]]
+
+
+@pytest.mark.parametrize(("process", "kind"), COMBINATIONS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_exact_network_of_that_kind_is_denoised_exactly(process, kind, batch):
+    family, prepare, level, _ = PROCESSES[process]
+    model = read_as(prepare(zoo(family)), kind)
+    host, flow = sampling(model), read_sampling(model).shift is not None
+    with_network(model, ExactNetwork(kind, flow, level(model), float(getattr(host, "sigma_data", 1.0))))
+    shape = (batch, 16, 2, 4, 4) if family == "wan" else (batch, 4, 4, 4)
+    x0, noise = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    model.patch_model()  # installs the object patches, as loading does
+    try:
+        for rows_of_batch in ([0, 17, 400], [-1, -1, -1], [900, 30, -1]):
+            sigma = host.sigmas[rows_of_batch[:batch]]
+            x = host.noise_scaling(sigma, noise, x0)
+            alpha = 1.0 - sigma.double() if flow else torch.ones(batch, dtype=torch.float64)
+            exact = denoised(x.double(), alpha, sigma.double()).float()
+            # A sample of 4518·noise has that many times the rounding.
+            atol = 2e-5 * max(1.0, float(x.abs().max()) / 100)
+            torch.testing.assert_close(model.model.apply_model(x, sigma), exact, rtol=2e-5, atol=atol)
+    finally:
+        model.unpatch_model()
+
+
+def sample(model, sampler="euler", scheduler="simple", steps=6, cfg=1.0):
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(1, 4, CONTEXT_WIDTH, generator=torch.Generator().manual_seed(1))
+    cond = [[text, {"pooled_output": text.mean(1)}]]
+    return comfy.sample.sample(
+        model, noise, steps, cfg, sampler, scheduler, cond, cond, torch.zeros(2, 3, 8, 8), seed=3
+    )
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "euler_ancestral"])
+@pytest.mark.parametrize(
+    ("name", "kinds", "level"),
+    [
+        ("unet-eps", ("eps", "v", "x0", "velocity", "edm"), rows),
+        ("unet-v", ("v", "x0", "velocity", "edm"), rows),
+        ("mmdit-flow", ("velocity", "v", "x0"), lambda model: lambda timestep: timestep / 1000.0),
+    ],
+)
+def test_ode_and_sde_samplers_draw_the_same_from_every_prediction(name, kinds, level, sampler):
+    pictures = []
+    for kind in kinds:
+        model = read_as(build_patcher(name), kind)
+        flow = read_sampling(model).shift is not None
+        pictures.append(sample(with_network(model, ExactNetwork(kind, flow, level(model))), sampler))
+    assert torch.isfinite(pictures[0]).all()
+    for picture in pictures[1:]:
+        # float32 at sigma 4518 holds a sample to 5e-4
+        torch.testing.assert_close(picture, pictures[0], rtol=0, atol=5e-3 if name == "unet-v" else 1e-4)
+
+
+# ── what stays, and what other nodes see ────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("process", "kind"), COMBINATIONS)
+def test_only_the_reading_changes(models, process, kind):
+    family, prepare, _, _ = PROCESSES[process]
+    model = prepare(models[family])
+    before, old = fingerprint(model), sampling(model)
+    state = without_class(old)
+    new = sampling(read_as(model, kind))
+    assert without_class(new) == state and new is not old and without_class(old) == state
+    assert fingerprint(model) == before
+    levels = old.sigmas[[3, 500, -1]]
+    assert torch.equal(new.timestep(levels), old.timestep(levels))
+    assert new.percent_to_sigma(0.4) == old.percent_to_sigma(0.4)
+    # What samplers and other packs ask for is true.
+    assert isinstance(new, host_sampling.CONST) == isinstance(old, host_sampling.CONST)
+    assert isinstance(new, host_sampling.V_PREDICTION) == (
+        kind in ("v", "edm") and not isinstance(old, host_sampling.CONST)
+    )
+    assert prediction_of(new) == (None if kind == "edm" else kind)
+    assert len(type(new).__bases__) == 2
+
+
+def test_every_prediction_from_every_other_one(models):
+    for first, second in itertools.permutations(("eps", "v", "x0", "velocity", "edm"), 2):
+        twice = sampling(read_as(read_as(models["sd15"], first), second))
+        once = sampling(read_as(models["sd15"], second))
+        assert type(twice).__bases__ == type(once).__bases__
+    for first, second in itertools.permutations(("velocity", "v", "x0"), 2):
+        assert prediction_of(sampling(read_as(read_as(models["flux"], first), second))) == second
+
+
+@pytest.mark.parametrize("name", FLOW)
+@pytest.mark.parametrize("kind", ["v", "x0"])
+def test_shift_and_prediction_in_either_order(models, name, kind):
+    first = read_as(patch_flow_shift(models[name], "shift", 5.0, 0.0, 64, 64)[0], kind)
+    last = FlowShift.execute(read_as(models[name], kind), "shift", 5.0, 0.0, 64, 64).args[0]
+    assert without_class(sampling(first)) == without_class(sampling(last))
+    for model in (first, last):
+        assert read_sampling(model).shift == pytest.approx(5.0) and read_sampling(model).prediction == kind
+    text = DescribeModel.execute(last).args[0]
+    assert f"\nprediction: {kind}" in text and {"v": "FlowV", "x0": "FlowX0"}[kind] in text
+
+
+@pytest.mark.parametrize(
+    ("family", "core", "kind"),
+    [
+        ("sd3", lambda m: nodes_model_advanced.ModelSamplingSD3().patch(m, 6.0)[0], "x0"),
+        ("auraflow", lambda m: nodes_model_advanced.ModelSamplingAuraFlow().patch_aura(m, 6.0)[0], "v"),
+        ("flux", lambda m: nodes_model_advanced.ModelSamplingFlux().patch(m, 1.5, 0.5, 1024, 1024)[0], "x0"),
+        ("sdxl", lambda m: discrete(m, "v_prediction", zsnr=True), "x0"),
+        ("sdxl", continuous("eps", 200.0, 0.01), "v"),
+    ],
+)
+def test_core_nodes_before_it_are_kept_and_after_it_have_the_last_word(models, family, core, kind):
+    before = core(models[family])
+    composed = sampling(read_as(before, kind))
+    assert without_class(composed) == without_class(sampling(before)) and prediction_of(composed) == kind
+    # A core node builds anew from the checkpoint's settings: the prediction is then the one that it sets.
+    after = sampling(core(read_as(models[family], kind)))
+    assert type(after).__bases__ == type(sampling(before)).__bases__
+
+
+@pytest.mark.skipif(not NEWER_HOST, reason="this ComfyUI has no audio shift and no noise scale")
+@pytest.mark.parametrize("kind", ["v", "x0", "velocity"])
+def test_audio_shift_and_noise_scale_stay(models, kind):
+    audio = with_sampling(models["sd3"], ModelType.FLOW_AV, shift=12.0, audio_shift=3.0, multiplier=1000)
+    assert sampling(read_as(audio, kind)).audio_scale == pytest.approx(4.0)
+    scaled = sampling(read_as(with_sampling(models["sd3"], ModelType.FLOW, shift=3.0, noise_scale=8.0), kind))
+    assert scaled.noise_scale == 8.0
+    x0, noise = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    sigma = scaled.sigmas[[300, 900]]
+    value = target(kind, x0, 8.0 * noise, sigma, Flow())
+    denoised = scaled.calculate_denoised(sigma, value, scaled.noise_scaling(sigma, noise, x0))
+    torch.testing.assert_close(denoised, x0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "process"),
+    [
+        ("mmdit-flow", "v", "flow"),
+        ("mmdit-flow", "x0", "flow"),
+        ("unet-eps", "velocity", "vp"),
+        ("unet-eps", "x0", "vp"),
+    ],
+)
+def test_the_trainer_trains_on_the_same_terms(name, kind, process):
+    with training_session(read_as(build_patcher(name), kind)) as denoiser:
+        assert denoiser.prediction == kind and denoiser.process.name == process
+    with training_session(FlowGraft.execute(build_patcher("unet-eps"), 2.5).args[0]) as denoiser:
+        assert (denoiser.prediction, denoiser.process, denoiser.shift) == ("velocity", Flow(), 2.5)
+
+
+# ── what is refused ─────────────────────────────────────────────────────────────────────────────────
+
+
+def refused(model, kind, message):
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=message) as caught:
+        Prediction.execute(model, kind)
+    assert len(str(caught.value)) < 500 and fingerprint(model) == before
+
+
+def test_eps_in_pure_noise_is_refused_with_the_way_out(models):
+    zero = ZeroTerminalSNR.execute(discrete(models["sdxl"], "v_prediction")).args[0]
+    refused(zero, "eps", r"pure noise \(largest sigma 4518.76\).*Use v, x0 or velocity, or cap sigma.*sigma_cap 160")
+    for name in FLOW:
+        refused(models[name], "eps", r"pure noise \(largest sigma 1\).*choose velocity, v or x0")
+    capped = ZeroTerminalSNR.execute(zero, 160.0).args[0]
+    assert read_sampling(read_as(capped, "eps")).prediction == "eps"
+
+
+def test_edm_on_flow_and_unknown_names_are_refused(models):
+    refused(models["flux"], "edm", "Karras.*flow model.*Choose velocity, v or x0")
+    refused(models["sd15"], "x" * 10_000, "unknown prediction 'xxx.*use one of eps, v, x0, velocity, edm")
+
+
+@pytest.mark.parametrize("kind", ["FLOW_COSMOS", "IMG_TO_IMG", "IMG_TO_IMG_FLOW", "V_PREDICTION_DDPM"])
+def test_models_with_an_input_of_their_own_are_refused(models, kind):
+    if kind not in ModelType.__members__:
+        pytest.skip("not in this ComfyUI")
+    refused(with_sampling(models["sd15"], ModelType[kind]), "v", "feeds its network in its own way")
+
+
+def test_a_class_with_methods_of_its_own_is_not_taken_apart(models):
+    class Theirs(host_sampling.ModelSamplingDiscrete, host_sampling.EPS):
+        def timestep(self, sigma):
+            return super().timestep(sigma) + 1
+
+    model = models["sd15"].clone()
+    model.add_object_patch("model_sampling", Theirs(model.model.model_config))
+    refused(model, "v", r"test_prediction.Theirs has methods of its own \(timestep\).*Place Prediction before")
+
+
+@pytest.mark.parametrize("execute", [lambda m: Prediction.execute(m, "v"), lambda m: FlowGraft.execute(m, 3.0)])
+def test_the_wrong_kind_of_thing_is_named(execute):
+    for thing, name in ((None, "NoneType"), ("model", "str"), (load_tiny_vae().patcher, "_Resample")):
+        with pytest.raises(ValueError, match=f"expected a diffusion MODEL, got {name}"):
+            execute(thing)
+
+
+# ── Flow Graft ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("born", ["eps", "v_prediction"])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+def test_graft_is_what_cores_sd3_node_makes(models, name, born, shift):
+    model = discrete(models[name], born)
+    before = fingerprint(model)
+    ours = sampling(FlowGraft.execute(model, shift).args[0])
+    theirs = sampling(nodes_model_advanced.ModelSamplingSD3().patch(model, shift)[0])
+    assert type(ours).__bases__ == type(theirs).__bases__
+    assert without_class(ours) == without_class(theirs)
+    sigma = ours.sigmas[[0, 300, -1]]
+    x, output, noise = (torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    for method, arguments in {
+        "timestep": (sigma,),
+        "sigma": (1000.0 * sigma,),
+        "calculate_input": (sigma, x),
+        "calculate_denoised": (sigma, output, x),
+        "noise_scaling": (sigma, noise, x),
+    }.items():
+        assert torch.equal(getattr(ours, method)(*arguments), getattr(theirs, method)(*arguments)), method
+    assert ours.percent_to_sigma(0.3) == theirs.percent_to_sigma(0.3)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_graft_draws_what_cores_sd3_node_draws(sampler):
+    model = load_tiny_model("unet-eps")
+    ours = sample(FlowGraft.execute(model, 3.0).args[0], sampler)
+    theirs = sample(nodes_model_advanced.ModelSamplingSD3().patch(model, 3.0)[0], sampler)
+    assert torch.equal(ours, theirs)
+    assert not torch.allclose(ours, sample(model, sampler), atol=1e-2)
+
+
+def test_graft_composes(models):
+    grafted = FlowGraft.execute(models["sdxl"], 3.0).args[0]
+    moved = FlowShift.execute(grafted, "shift", 6.0, 0.0, 64, 64).args[0]
+    assert without_class(sampling(moved)) == without_class(sampling(FlowGraft.execute(models["sdxl"], 6.0).args[0]))
+    assert prediction_of(sampling(read_as(moved, "x0"))) == "x0"
+    # Another noise process replaces the one before: nothing of it could be kept.
+    for upstream in (continuous("eps", 200.0, 0.01)(models["sdxl"]), models["sd3"], models["flux"], grafted):
+        with pytest.raises(ValueError, match=r"Flow Graft is for U-Nets|flow already.*Tidetable_FlowShift"):
+            FlowGraft.execute(upstream, 3.0)
+    with pytest.raises(ValueError, match="flow model.*Tidetable_FlowShift"):
+        ZeroTerminalSNR.execute(grafted)
+
+
+def test_describe_model_names_the_graft(models):
+    before, after = (
+        dict(line.split(": ", 1) for line in DescribeModel.execute(m).args[0].splitlines() if ": " in line)
+        for m in (models["sdxl"], FlowGraft.execute(models["sdxl"], 3.0).args[0])
+    )
+    assert before["family"] == after["family"] and "SDXL" in after["family"]
+    assert before["prediction"].startswith("eps") and after["prediction"].startswith("velocity")
+    assert before["process"].startswith("variance preserving") and after["process"].startswith("flow")
+    assert "flow-matching finetune" in after["process"] and "finetune" not in before["process"]
+    assert after["shift"].startswith("α 3.0000") and after["terminal SNR"] == "0 (pure noise)"
+    assert after["timestep"] == "σ·1000, the network sees 2.994 to 1000"
+    assert "finetune" not in DescribeModel.execute(models["flux"]).args[0]
+
+
+@pytest.mark.parametrize("shift", [0.0, -3.0, math.nan, math.inf])
+def test_graft_refuses_bad_numbers(models, shift):
+    with pytest.raises(ValueError, match=f"shift must be .*{shift}"):
+        FlowGraft.execute(models["sdxl"], shift)
+
+
+# ── the bridge, on a real network ───────────────────────────────────────────────────────────────────
+
+
+def test_the_bridge_takes_the_steps_of_comfyuis_euler():
+    """At rows of the table, where ComfyUI's rounding of timesteps does nothing: the same pictures in flow time."""
+    model = load_tiny_model("unet-eps")
+    host = model.model.model_sampling
+    sigmas = torch.cat([host.sigmas[[999, 870, 700, 480, 250, 60, 0]]])
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(1, 4, CONTEXT_WIDTH, generator=torch.Generator().manual_seed(1))
+    cond = [[text, {"pooled_output": text.mean(1)}]]
+    sampler = comfy.samplers.sampler_object("euler")
+    empty = torch.zeros(2, 3, 8, 8)
+    theirs = comfy.sample.sample_custom(model, noise, 1.0, sampler, sigmas, cond, cond, empty, seed=0)
+
+    ratios = sigmas.double().tolist()
+    times = [s / (1.0 + s) for s in ratios]
+    with training_session(model) as denoiser, torch.no_grad():
+        bridge = Bridge(denoiser.process)
+        conditions = [denoiser.condition(cond, empty[0].clone())] * 2
+        start = noise.clone() * math.sqrt(1.0 + ratios[0] ** 2)  # ComfyUI's start from the largest sigma
+        x = start * (1.0 - times[0])
+        for t, after in itertools.pairwise(times):
+            t_of_batch = torch.full((2,), t, dtype=torch.float64)
+            network = lambda sample, row: denoiser.predict(sample, row, conditions)  # noqa: E731
+            x = x + (after - t) * bridge.predict(network, denoiser.prediction, x, t_of_batch)
+    ours = model.model.process_latent_out(x / (1.0 - times[-1]))
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-5)
+    assert float(theirs.std()) > 0.1
+
+
+# ── Convert Prediction ──────────────────────────────────────────────────────────────────────────────
+
+
+SHAPES = [(2, 4, 6, 6), (1, 16, 2, 4, 4)]
+NOISE_LEVELS = {"flow": 0.3, "vp": 1.7, "ve": 12.0}
+
+
+def coordinates(process, sigma):
+    if process == "flow":
+        return Flow(), sigma
+    if process == "ve":
+        ve = VE(0.001, 1000.0)
+        return ve, float(ve.t_from_ratio(sigma))
+    vp = VP.from_betas()
+    return vp, float(vp.t_from_ratio(sigma))
+
+
+def latents(shape):
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (0, 1))
+
+
+def converted(noisy, value, source, dest, process, sigma, model=None):
+    pair = ({"samples": t} if isinstance(t, torch.Tensor) else t for t in (noisy, value))
+    return ConvertPrediction.execute(*pair, source, dest, process, sigma, model).args[0]["samples"]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("process", "sigma"), NOISE_LEVELS.items())
+def test_every_pair_of_predictions(process, sigma, shape):
+    x0, eps = latents(shape)
+    noise_process, t = coordinates(process, sigma)
+    x_t = noise_process.mix(x0, eps, t)
+    values = {kind: target(kind, x0, eps, t, noise_process) for kind in PREDICTIONS}
+    for source, dest in itertools.product(PREDICTIONS, repeat=2):
+        result = converted(x_t, values[source], source, dest, process, sigma)
+        torch.testing.assert_close(result.double(), values[dest], rtol=2e-4, atol=2e-4, msg=f"{source} -> {dest}")
+
+
+@pytest.mark.parametrize(
+    ("name", "native", "row"), [("sd15", "eps", 400), ("sdxl", "v", 700), ("flux", "velocity", 5000)]
+)
+def test_with_a_model_it_is_the_hosts_denoised(models, name, native, row):
+    model = discrete(models[name], "v_prediction") if native == "v" else models[name]
+    host = sampling(model)
+    channels = model.model.latent_format.latent_channels
+    x0, noise = (torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    output = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(2))
+    sigma = host.sigmas[row]
+    x = host.noise_scaling(sigma, noise, x0)
+    theirs = host.calculate_denoised(sigma, output, x)
+    ours = converted(x, output, native, "x0", "model", float(sigma), model)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_latent_keeps_what_else_it_carries():
+    noisy = {"samples": torch.zeros(1, 4, 4, 4), "noise_mask": torch.ones(1, 1, 4, 4), "batch_index": [3]}
+    before = {**noisy}
+    (result,) = ConvertPrediction.execute(noisy, {"samples": torch.ones(1, 4, 4, 4)}, "eps", "x0", "vp", 1.0).args
+    assert result["batch_index"] == [3] and result["samples"] is not noisy["samples"]
+    assert noisy == before and not noisy["samples"].any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eps", "x0", "flow", 1.0), "at sigma 1 of flow the eps prediction does not determine x0"),
+        (("x0", "eps", "vp", 0.0), "at sigma 0 of vp the x0 prediction does not determine eps"),
+        (("eps", "x0", "flow", 1.5), "sigma must be 0 to 1 for flow, got 1.5"),
+        (("eps", "x0", "vp", -1.0), "sigma must be 0 or above for vp, got -1"),
+        (("eps", "x0", "ve", math.nan), "sigma must be 0 or above for ve, got nan"),
+        (("eps", "x0", "model", 1.0), "no model is connected"),
+        (("eps", "x0", "other", 1.0), "unknown process 'other'"),
+        (("edm", "x0", "vp", 1.0), "unknown prediction 'edm'"),
+        (("eps", "edm", "vp", 1.0), "unknown prediction 'edm'"),
+    ],
+)
+def test_what_cannot_be_converted_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        converted(torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4), *arguments)
+
+
+def test_bad_latents_are_named(models):
+    good, bad = torch.randn(1, 4, 4, 4), torch.full((1, 4, 4, 4), math.nan)
+    for noisy, prediction, message in (
+        (good, torch.randn(1, 4, 4, 5), r"\[1, 4, 4, 4\] but prediction has shape \[1, 4, 4, 5\]"),
+        (bad, good, "noisy contains nan"),
+        (good, bad, "prediction contains nan"),
+        ({}, good, "noisy must be a LATENT"),
+        (good, {"samples": [good]}, "prediction must be a LATENT.*got list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            converted(noisy, prediction, "eps", "x0", "vp", 1.0)
+    with pytest.raises(ValueError, match="the latents have 4 channels but this model's have 16"):
+        converted(good, good, "velocity", "x0", "model", 0.5, models["sd3"])
+    cosmos = with_sampling(models["sd15"], ModelType.FLOW_COSMOS)
+    with pytest.raises(ValueError, match="neither flow nor variance preserving; choose a process by name"):
+        converted(good, good, "velocity", "x0", "model", 0.5, cosmos)
+
+
+def test_process_and_prediction_are_read_off_one_table(models):
+    for name in ("sd15", "sd3", "flux"):
+        assert prediction_of(sampling(models[name])) == read_sampling(models[name]).prediction
+    if "V_PREDICTION_DDPM" in ModelType.__members__:  # its network is given the unscaled sample: not to be trained on
+        assert process_of(sampling(with_sampling(models["sd15"], ModelType.V_PREDICTION_DDPM))) is None
