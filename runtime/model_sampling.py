@@ -11,22 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_sampling as host_sampling
-import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..schedules.families import FAMILIES, Family, family_of, official_shift
 from ..schedules.prediction import Prediction
 from ..schedules.process import VP, Flow, NoiseProcess
 from ..schedules.shift import mu_from_shift, require_shift, shift_from_mu
-from ..schedules.spacing import SPACINGS, NoiseGrid, flow_grid, schedule, table_grid
-from ..schedules.validate import MAX_STEPS as MAX_STEPS
 from ..schedules.ztsnr import TERMINAL_ALPHA_BAR, rescale_zero_terminal_snr
 
 
 logger = logging.getLogger(__name__)
 
 SHIFT_MODES = ("official", "shift", "mu")
-SPACING_NAMES = tuple(SPACINGS)
 _FLOW_SCHEDULES = (host_sampling.ModelSamplingDiscreteFlow, host_sampling.ModelSamplingFlux)
 _PREDICTIONS: dict[str, Prediction | None] = {
     "EPS": "eps",
@@ -99,19 +95,6 @@ def detect_family(model: ModelPatcher) -> Family | None:
     if config.__module__ == "comfy.supported_models":
         return family_of(config.__name__)
     return family_of(config.__name__) or family_of(type(model.model).__name__)
-
-
-def noise_grid(model: ModelPatcher) -> NoiseGrid:
-    """The noise levels of a MODEL, in float64: recomputed from the shift for flow, else the host's table."""
-    sampling = read_sampling(model)
-    if sampling.shift is not None:
-        return flow_grid(sampling.shift, len(sampling.host.sigmas))
-    return table_grid(sampling.host.sigmas)
-
-
-def make_schedule(model: ModelPatcher, spacing: str, steps: int, denoise: float) -> torch.Tensor:
-    """SIGMAS for a MODEL as samplers take them: float32 on the CPU, [steps + 1]."""
-    return schedule(noise_grid(model), spacing, steps, denoise).float()
 
 
 def resolve_shift(
