@@ -2,12 +2,13 @@
 
 from comfy_api.latest import io
 
-from . import guidance, model_sampling, plots, schedules, tiny, training
+from . import guidance, model_sampling, plots, schedule_editing, schedules, tiny, training
 
 
 NODES: list[type[io.ComfyNode]] = [
     *model_sampling.NODES,
     *schedules.NODES,
+    *schedule_editing.NODES,
     *plots.NODES,
     *guidance.NODES,
     *training.NODES,
