@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..runtime.live import serve_curves as serve_curves
-from . import guidance, model_sampling, official, plots, prediction, schedules, tiny, training
+from . import guidance, model_sampling, official, plots, prediction, schedule_editing, schedules, tiny, training
 
 
 NODES: list[type[io.ComfyNode]] = [
@@ -11,6 +11,7 @@ NODES: list[type[io.ComfyNode]] = [
     *prediction.NODES,
     *schedules.NODES,
     *official.NODES,
+    *schedule_editing.NODES,
     *plots.NODES,
     *guidance.NODES,
     *training.NODES,

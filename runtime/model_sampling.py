@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_sampling as host_sampling
-import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..schedules.families import family_named, family_of
@@ -20,13 +19,10 @@ from ..schedules.process import VP, Flow, NoiseProcess
 from ..schedules.shift import FLUX_LINE, MuLine, mu_from_shift, shift_from_mu
 from ..schedules.shift_modes import SHIFT_MODES as SHIFT_MODES
 from ..schedules.shift_modes import ShiftChoice, chosen_shift
-from ..schedules.spacing import SPACINGS, NoiseGrid, flow_grid, schedule, table_grid
-from ..schedules.validate import MAX_STEPS as MAX_STEPS
 from .flow_shift import generic_family, how_chosen, latent_size, upstream_notes
 from .process import prediction_of
 
 
-SPACING_NAMES = tuple(SPACINGS)
 _FLOW_SCHEDULES = (host_sampling.ModelSamplingDiscreteFlow, host_sampling.ModelSamplingFlux)
 
 
@@ -84,19 +80,6 @@ def detect_family(model: ModelPatcher) -> Family | None:
     if config.__module__ == "comfy.supported_models":
         return family_of(config.__name__)
     return family_of(config.__name__) or family_of(type(model.model).__name__)
-
-
-def noise_grid(model: ModelPatcher) -> NoiseGrid:
-    """The noise levels of a MODEL, in float64: recomputed from the shift for flow, else the host's table."""
-    sampling = read_sampling(model)
-    if sampling.shift is not None:
-        return flow_grid(sampling.shift, len(sampling.host.sigmas))
-    return table_grid(sampling.host.sigmas)
-
-
-def make_schedule(model: ModelPatcher, spacing: str, steps: int, denoise: float) -> torch.Tensor:
-    """SIGMAS for a MODEL as samplers take them: float32 on the CPU, [steps + 1]."""
-    return schedule(noise_grid(model), spacing, steps, denoise).float()
 
 
 def rule_family(model: ModelPatcher, mode: str, key: str = "auto") -> Family:

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
+from ..schedules.curves import PROCESS_CHOICES as PROCESSES
 from ..schedules.curves import QUANTITIES as QUANTITIES
-from ..schedules.curves import Quantity, series
-from ..schedules.process import VP, Flow, NoiseProcess
-from ..schedules.validate import require_sigmas
+from ..schedules.curves import Quantity, process_for, series
+from ..schedules.process import VP, NoiseProcess
+from ..schedules.validate import require_choice, require_sigmas
 from .canvas import COLORS, DASHES, MAX_SIDE, MIN_SIDE, Figure, Line, Panel
 from .images import to_image_tensor
 
 
 __all__ = ["MAX_SIDE", "MIN_SIDE", "PROCESSES", "QUANTITIES", "Y_AXES", "plot_schedules", "plot_training"]
 
-PROCESSES = ("auto", "flow", "vp")
 Y_AXES = ("auto", "linear", "log")
 PALE_BLUE = "#9CC6DE"
 MAX_LABEL, SHOWN_LABEL = 200, 60
@@ -46,9 +46,9 @@ def schedule_lines(
     schedules: Mapping[str, Any], quantity: Quantity, process: str, y_axis: str
 ) -> tuple[list[Line], bool, list[str]]:
     """The curves of `plot_schedules` as numbers, whether their y axis is logarithmic, and what the reader must know."""
-    _require_choice("quantity", quantity, QUANTITIES)
-    _require_choice("process", process, PROCESSES)
-    _require_choice("y_axis", y_axis, Y_AXES)
+    require_choice("quantity", quantity, QUANTITIES)
+    require_choice("process", process, PROCESSES)
+    require_choice("y_axis", y_axis, Y_AXES)
     given = {name: sigmas for name, sigmas in schedules.items() if name.startswith("sigmas_") and sigmas is not None}
     if not given:
         raise ValueError("nothing to plot: connect SIGMAS to sigmas_1, for example from Schedule (Tidetable_Schedule)")
@@ -56,7 +56,7 @@ def schedule_lines(
     for index, (name, sigmas) in enumerate(given.items()):
         sigmas = require_sigmas(sigmas, name, strict=False)
         label = _label(schedules.get(name.replace("sigmas_", "label_")), name)
-        noise = _process_for(sigmas, process)
+        noise = process_for(sigmas, process)
         values = series(sigmas, quantity, noise)
         title = f"{label} ({_count(len(sigmas) - 1, 'step')}"
         title += f", {_process_name(noise)})" if quantity in ("t", "log_snr") else ")"
@@ -176,28 +176,12 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value[:40]!r}")
-
-
 def _label(label: str | None, name: str) -> str:
     """Legend text of a schedule: its label on one line, or the input's name."""
     label = " ".join((label or "").split()) or name
     if len(label) > MAX_LABEL:
         raise ValueError(f"{name.replace('sigmas_', 'label_')} has {len(label)} characters; use at most {MAX_LABEL}")
     return label if len(label) <= SHOWN_LABEL else f"{label[: SHOWN_LABEL - 3]}..."
-
-
-def _process_for(sigmas: torch.Tensor, process: str) -> NoiseProcess:
-    """The named process; "vp" is Stable Diffusion's table, with zero terminal SNR where the sigmas go beyond it."""
-    highest = float(sigmas[0])
-    if process == "flow" and highest > 1.0 + 1e-6:
-        raise ValueError(f"sigma {highest:g} is no flow noise level, which are 0 to 1; use process vp or auto")
-    if process == "flow" or (process == "auto" and highest <= 1.0 + 1e-6):
-        return Flow()
-    table = VP.from_betas()
-    return table if highest <= float(table.ratio(1.0)) * 1.001 else table.zero_terminal()
 
 
 def _process_name(process: NoiseProcess) -> str:

@@ -5,11 +5,29 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .process import Flow, NoiseProcess
+from .process import VP, Flow, NoiseProcess
 
 
 Quantity = Literal["sigma", "t", "log_snr", "step_size"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+
+
+ProcessChoice = Literal["auto", "flow", "vp"]
+PROCESS_CHOICES: tuple[ProcessChoice, ...] = get_args(ProcessChoice)
+
+
+def process_for(sigmas: Tensor, process: str) -> NoiseProcess:
+    """The process that sigmas [N] belong to, where no model says: "auto" is flow where none exceeds 1, else vp.
+
+    "vp" is Stable Diffusion's table, with zero terminal SNR where the sigmas go beyond it.
+    """
+    highest = float(sigmas.max())
+    if process == "flow" and highest > 1.0 + 1e-6:
+        raise ValueError(f"sigma {highest:g} is no flow noise level, which are 0 to 1; use process vp or auto")
+    if process == "flow" or (process == "auto" and highest <= 1.0 + 1e-6):
+        return Flow()
+    table = VP.from_betas()
+    return table if highest <= float(table.ratio(1.0)) * 1.001 else table.zero_terminal()
 
 
 def t_from_sigma(sigmas: Tensor, process: NoiseProcess) -> Tensor:
@@ -20,6 +38,16 @@ def t_from_sigma(sigmas: Tensor, process: NoiseProcess) -> Tensor:
 def log_snr_from_sigma(sigmas: Tensor, process: NoiseProcess) -> Tensor:
     """ln(alpha²/sigma²) of sigmas on the sampler's axis: −2·logit sigma for flow, −2·ln sigma for vp and ve."""
     return process.log_snr(sigmas) if isinstance(process, Flow) else -2.0 * torch.log(sigmas)
+
+
+def sigma_from_t(t: Tensor, process: NoiseProcess) -> Tensor:
+    """Inverse of `t_from_sigma`."""
+    return t if isinstance(process, Flow) else process.ratio(t)
+
+
+def sigma_from_log_snr(log_snr: Tensor, process: NoiseProcess) -> Tensor:
+    """Inverse of `log_snr_from_sigma`."""
+    return process.t_from_log_snr(log_snr) if isinstance(process, Flow) else torch.exp(-0.5 * log_snr)
 
 
 def series(sigmas: Tensor, quantity: Quantity, process: NoiseProcess) -> list[float]:

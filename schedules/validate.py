@@ -1,5 +1,7 @@
 """The only place that knows what a legal list of sigmas is."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,12 @@ def require_steps(steps: int) -> int:
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be 1 to {MAX_STEPS}, got {steps}; 20 to 50 are usual")
     return steps
+
+
+def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value[:40]!r}")
 
 
 def require_sigmas(sigmas: Tensor, name: str = "sigmas", strict: bool = True) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tidetable.nodes.official import OfficialSchedule
-from tidetable.runtime.model_sampling import make_schedule, patch_flow_shift
+from tidetable.runtime.model_sampling import patch_flow_shift
+from tidetable.runtime.schedules import make_schedule
 from tidetable.runtime.official import SCHEDULED_FAMILIES, make_official_schedule
 from tidetable.runtime.tiny import build_patcher
 from tidetable.runtime.tiny_text import CONTEXT_WIDTH

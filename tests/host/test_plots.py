@@ -107,7 +107,7 @@ def test_ticks_are_round_numbers():
 @pytest.mark.parametrize("quantity", ["sigma", "t", "log_snr", "step_size"])
 @pytest.mark.parametrize("grid", [flow_grid(3.0), VP_GRID], ids=["flow", "vp"])
 def test_eight_schedules_in_one_picture(quantity, grid):
-    given_schedules = {f"sigmas_{i + 1}": spaced(grid, name, 20).float() for i, name in enumerate(SPACINGS)}
+    given_schedules = {f"sigmas_{i + 1}": spaced(grid, name, 20).float() for i, name in enumerate(list(SPACINGS)[:6])}
     given_schedules |= {"sigmas_7": spaced(grid, "simple", 5), "sigmas_8": spaced(grid, "karras", 120)}
     image = plot(quantity, **given_schedules, **{f"label_{i}": f"schedule {i}" for i in range(1, 9)})
     assert is_image(image)
