@@ -107,7 +107,10 @@ def family_shell(key: str) -> Shell:
     if config_class is None:
         raise ValueError(f"this ComfyUI has no model of family {key[:40]!r}; known here: {', '.join(shell_families())}")
     config = config_class({**_WIDTHS, **config_class.unet_config, **_NO_NETWORK})
-    return Shell(config.get_model({}, "", device=torch.device("cpu")))
+    try:
+        return Shell(config.get_model({}, "", device=torch.device("cpu")))
+    except Exception as error:  # a few also take other parts of their checkpoint, e.g. Stable Audio
+        raise ValueError(f"no preview for {FAMILIES[key].title}: ComfyUI makes it from a checkpoint only") from error
 
 
 @cache

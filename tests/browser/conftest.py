@@ -48,8 +48,9 @@ def page(request, chromium, comfy_server):
     opened = Page(context.new_page(), request.param)
     opened.page.on("console", opened.on_console)
     opened.page.on("pageerror", opened.on_error)
+    opened.page.set_default_timeout(120_000)
     opened.page.goto(comfy_server.base_url)
-    opened.page.wait_for_function(READY, timeout=90_000)
+    opened.page.wait_for_function(READY)
     opened.page.wait_for_timeout(1000)
     yield opened
     context.close()
