@@ -2,12 +2,13 @@
 
 from comfy_api.latest import io
 
-from . import guidance, model_sampling, plots, schedules, tiny, training
+from . import guidance, model_sampling, plots, samplers, schedules, tiny, training
 
 
 NODES: list[type[io.ComfyNode]] = [
     *model_sampling.NODES,
     *schedules.NODES,
+    *samplers.NODES,
     *plots.NODES,
     *guidance.NODES,
     *training.NODES,

@@ -84,9 +84,10 @@ def dpm_adaptive(
     """DPM-Solver-12 (`order` 2) or -23 with adaptive steps (Appendix C, with its tolerances).
 
     Of the schedule only the ends count. A step whose two orders differ by more than the tolerance is taken again,
-    shorter. Raises ValueError where the difference is not a number, which no step size would mend.
+    shorter, but not below one hundredth of sigma: where a model jumps (a prompt begins), no step is short enough.
+    Raises ValueError where the difference is not a number.
     """
-    slopes, atol, rtol, h = Slopes(denoise, sigmas, report), 0.0078, 0.05, 0.05
+    slopes, atol, rtol, h, shortest = Slopes(denoise, sigmas, report), 0.0078, 0.05, 0.05, 0.01
     to_zero = sigmas[-1] == 0.0
     sigma, low = sigmas[0], sigmas[-2] if to_zero else sigmas[-1]
     d, x_old = None, x
@@ -100,7 +101,8 @@ def dpm_adaptive(
         error = float(((higher - lower) / allowed).square().mean().sqrt())
         if not math.isfinite(error):
             raise ValueError(f"dpm_adaptive cannot go on: the model's prediction near sigma {sigma:g} is not finite")
-        h = 0.9 * math.log(sigma / end) * max(error, 1e-6) ** (-1.0 / order)
-        if error <= 1.0:
+        taken = math.log(sigma / end)
+        h = max(0.9 * taken * max(error, 1e-6) ** (-1.0 / order), shortest)
+        if error <= 1.0 or taken <= shortest * 1.001:
             x, x_old, sigma, d = higher, lower, end, None
     return slopes.denoised(x, low, first=True) if to_zero else x

@@ -5,6 +5,7 @@ import { addPanel, after } from "./panel.js";
 /** Node type -> the smallest panel that shows its usual text. */
 export const TEXT_NODES = {
   Tidetable_DescribeModel: { minWidth: 420, minHeight: 220 },
+  Tidetable_SamplerSafeFlow: { minWidth: 420, minHeight: 220 },
   Tidetable_SaveLoRA: { minWidth: 320, minHeight: 64 },
 };
 const MAX_KEPT = 200;

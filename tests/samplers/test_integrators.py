@@ -393,6 +393,20 @@ def test_a_model_without_a_noise_process_is_refused(name):
         sample(name, MIXTURE.denoiser(SPACES["ve"]), torch.zeros(1, 4), torch.tensor([1.0, 0.0]), None, no_noise)
 
 
+def test_dpm_adaptive_gets_past_a_model_that_jumps():
+    """A prompt that begins halfway: no step is short enough for the tolerance there."""
+    calls = []
+
+    def denoise(x, sigma):
+        calls.append(sigma)
+        denoised = torch.full_like(x, 5.0 if sigma > 0.5 else -5.0)
+        return Guided(denoised, denoised)
+
+    y = sample("dpm_adaptive", denoise, torch.ones(2, 4), torch.tensor([1.0, 0.1, 0.0]), "flow", no_noise)
+    torch.testing.assert_close(y, torch.full_like(y, -5.0))
+    assert len(calls) < 300
+
+
 def test_dpm_adaptive_stops_where_the_model_gives_nan():
     def broken(x, sigma):
         denoised = torch.full_like(x, math.nan if sigma < 0.5 else 0.0)
