@@ -3,7 +3,18 @@
 from comfy_api.latest import io
 
 from ..runtime.live import serve_curves as serve_curves
-from . import guidance, model_sampling, official, plots, prediction, schedule_editing, schedules, tiny, training
+from . import (
+    guidance,
+    model_sampling,
+    official,
+    plots,
+    prediction,
+    samplers,
+    schedule_editing,
+    schedules,
+    tiny,
+    training,
+)
 
 
 NODES: list[type[io.ComfyNode]] = [
@@ -12,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     *schedules.NODES,
     *official.NODES,
     *schedule_editing.NODES,
+    *samplers.NODES,
     *plots.NODES,
     *guidance.NODES,
     *training.NODES,

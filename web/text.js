@@ -7,6 +7,7 @@ export const TEXT_NODES = {
   Tidetable_DescribeModel: { minWidth: 420, minHeight: 220 },
   Tidetable_FlowShift: { minWidth: 320, minHeight: 96 },
   Tidetable_ScheduleToText: { minWidth: 320, minHeight: 120 },
+  Tidetable_SamplerSafeFlow: { minWidth: 420, minHeight: 220 },
   Tidetable_SaveLoRA: { minWidth: 320, minHeight: 64 },
   Tidetable_ZeroTerminalSNR: { minWidth: 380, minHeight: 150 },
 };

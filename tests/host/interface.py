@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import comfy.samplers
+
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "node-interface.json"
 
@@ -31,6 +33,8 @@ def describe_input(entry) -> dict[str, Any]:
     found: dict[str, Any] = {"name": entry.id, "type": type_name(entry)}
     for name in ("optional", "default", "min", "max", "options", "multiline"):
         value = getattr(entry, name, None)
+        if name == "options" and value == comfy.samplers.SAMPLER_NAMES:
+            value = "comfy.samplers.SAMPLER_NAMES"  # each ComfyUI has its own
         if value is not None and value is not False:
             found[name] = value
     return found

@@ -1,0 +1,38 @@
+"""Every sampler name of the running ComfyUI, and every one of ours, against exact ground truth (see conformance.py)."""
+
+import pytest
+import torch
+
+from tidetable.runtime.samplers import CORRECTED
+from tidetable.samplers import SAMPLERS
+from tidetable.tests.host import conformance
+
+
+COUNT = 2048
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_node():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize("name", conformance.cases("sampler-safe"))
+def test_every_sampler_name_is_right_through_the_flow_sampler(name):
+    plain, guided = conformance.judge("sampler-safe", name, COUNT)
+    assert plain.passed, plain
+    assert guided is None or guided.passed, guided
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_of_ours_is_right_on_flow(name):
+    plain, guided = conformance.judge("tidetable", name, COUNT)
+    assert plain.passed, plain
+    assert guided is None or guided.passed, guided
+
+
+@pytest.mark.parametrize("name", CORRECTED)
+def test_what_is_corrected_is_wrong_in_stock(name):
+    """When ComfyUI repairs one of these, it can be handed through."""
+    plain, guided = conformance.judge("stock-flow", name, COUNT)
+    assert not (plain.passed and (guided is None or guided.passed))
