@@ -225,7 +225,7 @@ def test_a_body_that_is_no_question(body):
 def test_the_route_answers_and_never_fails(client):
     offered = client.get(PATH)
     assert set(offered["nodes"]) == {*EVALUATED, PLOT, TINY} & set(KNOWN)
-    assert offered["nodes"][SCHEDULE] == [entry.id for entry in KNOWN[SCHEDULE].GET_SCHEMA().inputs]
+    assert offered["nodes"][SCHEDULE] == {entry.id: entry.optional for entry in KNOWN[SCHEDULE].GET_SCHEMA().inputs}
     assert {"flux", "sd3", "sdxl"} <= {family["key"] for family in offered["families"]}
     question = {"target": "1", "nodes": {"1": {"type": SCHEDULE, "inputs": {"steps": 3, "model": {"family": "sd3"}}}}}
     expected = Schedule.execute(family_shell("sd3").patcher(), "trailing", 3, 1.0).args[0].tolist()
