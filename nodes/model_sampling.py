@@ -96,34 +96,36 @@ class FlowShift(io.ComfyNode):
                     tooltip="Whose rule mode official follows, and whose tokens the other modes count. auto = the "
                     "family of the model.",
                 ),
-                io.Int.Input(
-                    "length",
-                    optional=True,
-                    default=1,
-                    min=1,
-                    max=16384,
-                    tooltip="Frames of the video to make, where the rule counts them (LTX, line, sqrt area). 1 = a "
-                    "picture. Typical: 81 to 161.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    optional=True,
-                    default=20,
-                    min=1,
-                    max=10000,
-                    tooltip="Sampling steps. Only FLUX.2's official rule reads it. 0 is not possible. Typical: 20 to "
-                    "50.",
-                ),
-                *_line_inputs(),
-                io.Int.Input(
-                    "base_size",
-                    optional=True,
-                    default=1024,
-                    min=16,
-                    max=16384,
-                    step=8,
-                    tooltip="Modes sqrt area and log area only. Edge, in pixels, of the square picture that gets shift "
-                    "1. 0 is not possible. Typical: 256 (SD3's paper), 512 (Ideogram 4), 1024 (log area).",
+                *_advanced(
+                    io.Int.Input(
+                        "length",
+                        optional=True,
+                        default=1,
+                        min=1,
+                        max=16384,
+                        tooltip="Frames of the video to make, where the rule counts them (LTX, line, sqrt area). 1 = a "
+                        "picture. Typical: 81 to 161.",
+                    ),
+                    io.Int.Input(
+                        "steps",
+                        optional=True,
+                        default=20,
+                        min=1,
+                        max=10000,
+                        tooltip="Sampling steps. Only FLUX.2's official rule reads it. 0 is not possible. Typical: 20 "
+                        "to 50.",
+                    ),
+                    *_line_inputs(),
+                    io.Int.Input(
+                        "base_size",
+                        optional=True,
+                        default=1024,
+                        min=16,
+                        max=16384,
+                        step=8,
+                        tooltip="Modes sqrt area and log area only. Edge, in pixels, of the square picture that gets "
+                        "shift 1. 0 is not possible. Typical: 256 (SD3's paper), 512 (Ideogram 4), 1024 (log area).",
+                    ),
                 ),
                 io.Latent.Input(
                     "latent",
@@ -149,6 +151,13 @@ class FlowShift(io.ComfyNode):
         size = (width, height, family, length, steps)
         *values, text = patch_flow_shift(remember(model), mode, shift, mu, *size, x1, y1, x2, y2, base_size, latent)
         return io.NodeOutput(*values, ui=ui.PreviewText(text))
+
+
+def _advanced(*inputs: io.Input) -> tuple[io.Input, ...]:
+    """Shown on request only, where the page can hide inputs. ComfyUI 0.3.75's inputs have no keyword for it."""
+    for entry in inputs:
+        entry.extra_dict["advanced"] = True
+    return inputs
 
 
 def _line_inputs() -> list[io.Float.Input]:
