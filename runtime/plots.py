@@ -64,6 +64,35 @@ def plot_schedules(
     the input. `process` says how t and log-SNR follow from sigma: "auto" is flow where no sigma exceeds 1, else vp;
     a model says it itself, and what percent means.
     """
+    lines, log, notes = schedule_lines(schedules, quantity, process, y_axis, x_axis, theme, model)
+    title, unit = _TITLES[quantity]
+    figure = Figure(
+        [Panel(unit, lines, log)],
+        x_label(x_axis, model),
+        f"{title} {_X_TITLES[x_axis][0]}",
+        notes,
+        width,
+        height,
+        theme=THEMES[theme],
+        whole_x=x_axis == "step",
+        falling_x=x_axis == "t",
+    )
+    return to_image_tensor(figure.image)
+
+
+def schedule_lines(
+    schedules: Mapping[str, Any],
+    quantity: Quantity,
+    process: str,
+    y_axis: str,
+    x_axis: XAxis = "step",
+    theme: str = "light",
+    model: ModelPatcher | None = None,
+) -> tuple[list[Line], bool, list[str]]:
+    """The curves of `plot_schedules` as numbers, whether their y axis is logarithmic, and what the reader must know.
+
+    Every x is finite; y can be infinite.
+    """
     for name, value, choices in (
         ("quantity", quantity, QUANTITIES),
         ("process", process, PROCESSES),
@@ -77,52 +106,42 @@ def plot_schedules(
         raise ValueError("nothing to plot: connect SIGMAS to sigmas_1, for example from Schedule (Tidetable_Schedule)")
     sampling = None if model is None else read_sampling(model)
     colors = THEMES[theme].lines
-    lines = []
+    lines, off_axis = [], 0
     for index, (name, sigmas) in enumerate(given.items()):
         sigmas = require_sigmas(sigmas, name, strict=False)
         noise = process_for(sigmas, process) if sampling is None else sampling.process
-        x, y = _curve(sigmas, quantity, x_axis, noise, sampling)
+        points = _points(sigmas, quantity, x_axis, noise, sampling)
+        x, y = ([point[i] for point in points if math.isfinite(point[0])] for i in (0, 1))
+        off_axis += len(points) - len(x)
         title = f"{_label(schedules.get(name.replace('sigmas_', 'label_')), name)} ({_count(len(sigmas) - 1, 'step')}"
         title += f", {_process_name(noise)})" if {quantity, x_axis} & {"t", "log_snr"} else ")"
         style = {"color": colors[index % len(colors)], "dash": DASHES[index % len(DASHES)], "dots": len(y) <= 61}
         lines.append(Line(x, y, label=title, width=2.2, **style))
     log = _use_log(lines, quantity, y_axis)
-    title, unit = _TITLES[quantity]
-    x_title, x_label = _X_TITLES[x_axis]
+    values = [y for line in lines for y in line.y]
+    hidden = {
+        "infinite log-SNR (sigma 0, or pure noise)": off_axis + sum(not math.isfinite(y) for y in values),
+        "0, which a log axis cannot show": sum(log and y <= 0.0 for y in values),
+    }
+    return lines, log, [f"Not drawn: {_count(count, 'point')} at {what}." for what, count in hidden.items() if count]
+
+
+def x_label(x_axis: XAxis, model: ModelPatcher | None) -> str:
+    """Quantity and unit of the x axis."""
     if x_axis == "percent" and model is None:
-        x_label = "fraction of the steps (0 to 1)"
-    figure = Figure(
-        [Panel(unit, lines, log)],
-        x_label,
-        f"{title} {x_title}",
-        _hidden(lines, log),
-        width,
-        height,
-        theme=THEMES[theme],
-        whole_x=x_axis == "step",
-        falling_x=x_axis == "t",
-    )
-    return to_image_tensor(figure.image)
+        return "fraction of the steps (0 to 1)"
+    return _X_TITLES[x_axis][1]
 
 
-def _curve(
+def _points(
     sigmas: torch.Tensor, quantity: Quantity, x_axis: XAxis, process: NoiseProcess, sampling: Sampling | None
-) -> tuple[list[float], list[float]]:
-    """Points of one schedule. A step's size stands at the step's number, or where the step begins."""
+) -> list[tuple[float, float]]:
+    """(x, y) of one schedule. A step's size stands at the step's number, or where the step begins."""
     x = positions(sigmas, x_axis, process, None if sampling is None else sampling.shift or 1.0)
     if quantity == "step_size":
         # Steps are counted from 1; noise levels stand before, between and after them.
         x = x[1:] if x_axis == "step" else x[:-1]
-    return x, series(sigmas, quantity, process)
-
-
-def _hidden(lines: Sequence[Line], log: bool) -> list[str]:
-    """A note on the points that the axes have no place for."""
-    points = [point for line in lines for point in zip(line.x, line.y, strict=True)]
-    infinite = sum(not (math.isfinite(x) and math.isfinite(y)) for x, y in points)
-    zero = sum(log and math.isfinite(x) and y <= 0.0 for x, y in points)
-    what = {"infinite log-SNR (sigma 0, or pure noise)": infinite, "0, which a log axis cannot show": zero}
-    return [f"Not drawn: {_count(count, 'point')} at {where}." for where, count in what.items() if count]
+    return list(zip(x, series(sigmas, quantity, process), strict=True))
 
 
 def plot_training(loss_map: Mapping[str, Any], width: int, height: int) -> torch.Tensor:
@@ -246,7 +265,9 @@ def _use_log(lines: Sequence[Line], quantity: Quantity, y_axis: str) -> bool:
     """Auto: a log axis for sigmas beyond flow's 0 to 1, which span decades."""
     if quantity == "log_snr":
         return False
-    return y_axis == "log" or (y_axis == "auto" and quantity != "t" and any(max(line.y) > 2.0 for line in lines))
+    return y_axis == "log" or (
+        y_axis == "auto" and quantity != "t" and any(max(line.y, default=0.0) > 2.0 for line in lines)
+    )
 
 
 def _wide(values: Sequence[float]) -> bool:
