@@ -144,7 +144,8 @@ def patch_flow_graft(model: ModelPatcher, shift: float) -> ModelPatcher:
     if not isinstance(model.model.diffusion_model, UNetModel) or not has_discrete_table(host):
         raise ValueError(
             "Flow Graft is for U-Nets with a discrete noise table (SD1.5, SD2, SDXL) that were finetuned with flow "
-            f"matching, not for {network} with {class_names(host)}; leave such a model as its loader made it"
+            f"matching, not for {network} with {class_names(host)}; leave such a model as its loader made it, and take "
+            "out the node that changed it"
         )
 
     class ModelSampling(host_sampling.ModelSamplingDiscreteFlow, host_sampling.CONST):

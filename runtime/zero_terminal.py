@@ -65,10 +65,11 @@ def patch_zero_terminal_snr(
     if not 0 <= unguided_steps <= MAX_UNGUIDED:
         raise ValueError(f"unguided_steps must be 0 (off) to {MAX_UNGUIDED}, got {unguided_steps}; 1 is usual")
     sampling = read_sampling(model)
-    _require_rescalable(sampling, sigma_cap)
+    _require_rescalable(sampling)
     before = sampling.host.sigmas.cpu().double()
     after = _zero_terminal(sampling.host)
     after = cap_ratios(after, sigma_cap) if sigma_cap else after
+    _require_known_picture(sampling, float(after[-1]))
     patched = copy.deepcopy(sampling.host)
     if not torch.equal(after, before):
         patched.set_sigmas(after)
@@ -89,7 +90,7 @@ def _zero_terminal(host: Any) -> Tensor:
     return ((1.0 - alpha_bar) / alpha_bar).sqrt()
 
 
-def _require_rescalable(sampling: Sampling, sigma_cap: float) -> None:
+def _require_rescalable(sampling: Sampling) -> None:
     if sampling.shift is not None:
         raise ValueError(
             "this is a flow model: its last noise level is already pure noise (terminal SNR 0). "
@@ -101,13 +102,16 @@ def _require_rescalable(sampling: Sampling, sigma_cap: float) -> None:
             "zero terminal SNR is defined for models with a discrete noise table that predict v, x0, velocity or EDM's "
             f"output, not for {class_names(sampling.host)}"
         )
+
+
+def _require_known_picture(sampling: Sampling, top: float) -> None:
     largest = PURE_NOISE_SNR**-0.5
-    if sampling.prediction == "eps" and not 0.0 < sigma_cap <= largest:
+    if sampling.prediction == "eps" and top > largest:
         raise ValueError(
             "this model predicts noise (eps), and with zero terminal SNR that says nothing about the image: in pure "
-            "noise the denoised image is x - sigma * eps with sigma = 4518, so an error of 0.001 becomes 4.5. Use a "
-            "model trained with v prediction (if this one was, set Prediction (Tidetable_Prediction) to v first), or "
-            f"cap sigma: sigma_cap 160, at most {largest:g}, got {sigma_cap:g}"
+            f"noise the denoised image is x - sigma * eps with sigma = {top:.6g}, so an error of 0.001 becomes "
+            f"{0.001 * top:.2g}. Use a model trained with v prediction (if this one was, set Prediction "
+            f"(Tidetable_Prediction) to v first), or cap sigma: sigma_cap 160, at most {largest:g}"
         )
 
 

@@ -516,3 +516,32 @@ def test_process_and_prediction_are_read_off_one_table(models):
         assert prediction_of(sampling(models[name])) == read_sampling(models[name]).prediction
     if "V_PREDICTION_DDPM" in ModelType.__members__:  # its network is given the unscaled sample: not to be trained on
         assert process_of(sampling(with_sampling(models["sd15"], ModelType.V_PREDICTION_DDPM))) is None
+
+
+# ── on a server ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_prompt_with_all_of_them(client):
+    """Also a prompt from before Zero Terminal SNR had a cap: new inputs may be missing."""
+    prompt = {
+        "1": {"class_type": "Tidetable_LoadTinyModel", "inputs": {"name": "unet-v"}},
+        "2": {"class_type": "Tidetable_ZeroTerminalSNR", "inputs": {"model": ["1", 0]}},
+        "3": {"class_type": "Tidetable_Prediction", "inputs": {"model": ["2", 0], "prediction": "x0"}},
+        "4": {"class_type": "Tidetable_DescribeModel", "inputs": {"model": ["3", 0]}},
+        "5": {"class_type": "Tidetable_LoadTinyModel", "inputs": {"name": "unet-eps"}},
+        "6": {"class_type": "Tidetable_FlowGraft", "inputs": {"model": ["5", 0], "shift": 3.0}},
+        "7": {"class_type": "Tidetable_DescribeModel", "inputs": {"model": ["6", 0]}},
+        "8": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "9": {
+            "class_type": "Tidetable_ConvertPrediction",
+            "inputs": {
+                "noisy": ["8", 0], "prediction": ["8", 0], "source": "v", "dest": "x0", "process": "vp", "sigma": 1.0,
+            },
+        },
+        "10": {"class_type": "SaveLatent", "inputs": {"samples": ["9", 0], "filename_prefix": "converted"}},
+    }  # fmt: skip
+    outputs = client.run(prompt).outputs
+    assert outputs["2"]["text"][0].startswith("checkpoint: marked as zero terminal SNR")
+    assert "\nprediction: x0" in outputs["4"]["text"][0] and "4518.76" in outputs["4"]["text"][0]
+    assert "\nprediction: velocity" in outputs["7"]["text"][0]
+    assert "10" in outputs

@@ -152,7 +152,8 @@ def test_a_capped_eps_model_is_allowed_and_told_what_it_costs(models):
     patched, report = ZeroTerminalSNR.execute(models["sdxl"], 160.0).args
     assert float(sampling(patched).sigma_max) == 160.0 and read_sampling(patched).prediction == "eps"
     assert "an error of 0.001 at the first step is one of 0.16" in report
-    with pytest.raises(ValueError, match=r"predicts noise \(eps\).*at most 1000, got 2000"):
+    assert torch.equal(sampling(ZeroTerminalSNR.execute(patched).args[0]).sigmas, sampling(patched).sigmas)
+    with pytest.raises(ValueError, match=r"predicts noise \(eps\).*sigma = 2000, .*becomes 2.*at most 1000"):
         ZeroTerminalSNR.execute(models["sdxl"], 2000.0)
 
 
