@@ -102,7 +102,7 @@ def test_schedule_draws_what_it_returns(name, spacing):
     expected = Schedule.execute(model=build_patcher(name), **widgets).args[0]
     assert drawn(answer) == expected.double().tolist()
     assert answer["curves"][0]["x"] == list(range(14))
-    assert answer["log"] == (name != "mmdit-flow") and answer["facts"][0] == "13 steps"
+    assert answer["log"] == (max(expected) > 2.0) and answer["facts"][0] == "13 steps"
 
 
 @pytest.mark.parametrize("mode", ["official", "shift", "mu"])
