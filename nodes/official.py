@@ -53,7 +53,7 @@ class OfficialSchedule(io.ComfyNode):
                     default=1,
                     min=1,
                     max=16384,
-                    tooltip="Frames of the video to make; counts for LTX alone. 1 = a picture. Typical: 81 to 161.",
+                    tooltip="Frames of the video to make; only LTX counts them. 1 = a picture. Typical: 81 to 161.",
                 ),
                 io.Float.Input(
                     "denoise",

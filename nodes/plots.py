@@ -2,7 +2,17 @@
 
 from comfy_api.latest import io
 
-from ..runtime.plots import MAX_SIDE, MIN_SIDE, PROCESSES, QUANTITIES, Y_AXES, plot_schedules, plot_training
+from ..runtime.plots import (
+    MAX_SIDE,
+    MIN_SIDE,
+    PROCESSES,
+    QUANTITIES,
+    THEMES,
+    X_AXES,
+    Y_AXES,
+    plot_schedules,
+    plot_training,
+)
 
 
 SLOTS = range(1, 9)
@@ -40,7 +50,7 @@ class PlotSchedules(io.ComfyNode):
             display_name="Plot Schedules",
             category="Tidetable/plot",
             description="Draws up to 8 schedules into one picture: noise level, time, log-SNR or step size over the "
-            "sampling step.",
+            "sampling step, time, percent or log-SNR.",
             inputs=[
                 io.Combo.Input(
                     "quantity",
@@ -67,13 +77,37 @@ class PlotSchedules(io.ComfyNode):
                 _size("width", 1024),
                 _size("height", 640),
                 *(entry for slot in SLOTS for entry in _schedule_inputs(slot)),
+                io.Combo.Input(
+                    "x_axis",
+                    options=list(X_AXES),
+                    default="step",
+                    optional=True,
+                    tooltip="step: sampling step. t: noise fraction. percent: with a model its progress, as "
+                    "start_percent of other nodes, else the fraction of the steps. log_snr: ln(signal power / noise "
+                    "power). Noise is always on the left.",
+                ),
+                io.Combo.Input(
+                    "theme",
+                    options=list(THEMES),
+                    default="light",
+                    optional=True,
+                    tooltip="light: dark lines on white. dark: light lines on near black.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Says how t, log-SNR and percent follow from sigma, in place of process. Not connected = "
+                    "process decides.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="The plot, for Preview Image or Save Image.")],
         )
 
     @classmethod
-    def execute(cls, quantity, process, y_axis, width, height, **schedules) -> io.NodeOutput:
-        return io.NodeOutput(plot_schedules(schedules, quantity, process, y_axis, width, height))
+    def execute(
+        cls, quantity, process, y_axis, width, height, x_axis="step", theme="light", model=None, **schedules
+    ) -> io.NodeOutput:
+        return io.NodeOutput(plot_schedules(schedules, quantity, process, y_axis, width, height, x_axis, theme, model))
 
 
 class PlotTraining(io.ComfyNode):

@@ -18,9 +18,10 @@ from PIL import Image, ImageDraw, ImageFont
 # Okabe & Ito's colors, which stay apart for color-blind readers; their yellow, too pale for lines on white, is a gray
 # here.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+# The same hues, lighter, for a dark ground.
+DARK_COLORS = ("#4FA8DC", "#FF8A4C", "#2BC79A", "#E7A3CB", "#F2C14E", "#9AD7F7", "#FFFFFF", "#A8A8A8")
 DASHES: tuple[tuple[float, ...], ...] = ((), (9, 4), (2.5, 3), (9, 3, 2.5, 3))
 """On and off lengths in line widths; a second cue beside color, and what shows two equal curves as two."""
-INK, MUTED, GRID = "#222222", "#666666", "#E6E6E6"
 SYSTEM_FONTS = (
     "DejaVuSans.ttf",
     "NotoSansCJK-Regular.ttc",
@@ -30,6 +31,24 @@ SYSTEM_FONTS = (
     "arial.ttf",
 )
 MIN_SIDE, MAX_SIDE = 256, 4096
+MIN_TEXT = 12
+"""Pixels; smaller letters cannot be read, however small the picture."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colors of everything but the lines, and the lines' colors in order."""
+
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    lines: tuple[str, ...]
+
+
+LIGHT = Theme("#FFFFFF", "#222222", "#666666", "#E6E6E6", COLORS)
+DARK = Theme("#1E1E1E", "#F0F0F0", "#B4B4B4", "#3A3A3A", DARK_COLORS)
+THEMES = {"light": LIGHT, "dark": DARK}
 
 
 @dataclass(frozen=True)
@@ -66,12 +85,15 @@ class Axis:
     high: float
     ticks: tuple[tuple[float, str], ...]
     log: bool = False
+    falls: bool = False
+    """The high end comes first."""
 
     def position(self, value: float) -> float | None:
-        """0 at the low end, 1 at the high end; None where the value has no place on the axis."""
+        """0 at the first end, 1 at the last; None where the value has no place on the axis."""
         if not math.isfinite(value) or (self.log and value <= 0.0):
             return None
-        return ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
+        place = ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
+        return 1.0 - place if self.falls else place
 
 
 def nice_step(span: float, count: int) -> float:
@@ -170,17 +192,29 @@ class Figure:
     """Draws panels into an image of width × height pixels; `image` is the result."""
 
     def __init__(
-        self, panels: Sequence[Panel], x_label: str, title: str, notes: Sequence[str], width: int, height: int
+        self,
+        panels: Sequence[Panel],
+        x_label: str,
+        title: str,
+        notes: Sequence[str],
+        width: int,
+        height: int,
+        *,
+        theme: Theme = LIGHT,
+        whole_x: bool = True,
+        falling_x: bool = False,
     ):
+        """`whole_x`: x ticks at whole numbers only. `falling_x`: the largest x stands on the left."""
         for name, side in (("width", width), ("height", height)):
             if not MIN_SIDE <= side <= MAX_SIDE:
                 raise ValueError(
                     f"the plot's {name} must be {MIN_SIDE} to {MAX_SIDE} pixels, got {side}; 1024 x 640 is usual"
                 )
         unit = math.sqrt(width * height / (1024 * 640))
-        self.size = max(9, round(15 * unit))
+        self.size = max(MIN_TEXT, round(15 * unit))
         self.unit = self.size / 15
-        self.image = Image.new("RGB", (width, height), "white")
+        self.theme, self.whole_x, self.falling_x = theme, whole_x, falling_x
+        self.image = Image.new("RGB", (width, height), theme.paper)
         self.draw = ImageDraw.Draw(self.image)
         # 3 samples a side are enough for clean edges; very large pictures are smooth with 2.
         self.samples = 3 if width * height <= 2_000_000 else 2
@@ -189,9 +223,11 @@ class Figure:
         bottom = self._footer(notes, x_label, margin, width, height)
         self._panels(panels, top, bottom, margin, width)
 
-    def text(self, x: float, y: float, text: str, color: str = INK, anchor: str = "la", grow: float = 1.0) -> None:
+    def text(
+        self, x: float, y: float, text: str, color: str | None = None, anchor: str = "la", grow: float = 1.0
+    ) -> None:
         size = round(self.size * grow)
-        self.draw.text((x, y), text, fill=color, font=font_for(text, size), anchor=anchor)
+        self.draw.text((x, y), text, fill=color or self.theme.ink, font=font_for(text, size), anchor=anchor)
 
     def _header(self, title: str, panels: Sequence[Panel], margin: int, width: int) -> float:
         """Title and legend; returns the y below them."""
@@ -212,7 +248,7 @@ class Figure:
 
     def _legend_sample(self, line: Line, x: float, y: float, length: float) -> None:
         s, box = self.samples, (round(x), round(y - self.size / 2))
-        area = Image.new("RGB", (round(length) * s, self.size * s), "white")
+        area = Image.new("RGB", (round(length) * s, self.size * s), self.theme.paper)
         draw, half = ImageDraw.Draw(area), self.size * s / 2
         self._stroke(draw, [(0.0, half), (length * s, half)], replace(line, dots=False))
         if line.dots:
@@ -223,9 +259,11 @@ class Figure:
         """Notes and the x axis' label; returns the y above them and the tick labels."""
         y = height - margin
         for note in reversed(notes):
-            self.text(margin, y, shorten(note, round(self.size * 0.85), width - 2 * margin), MUTED, "ls", grow=0.85)
+            self.text(
+                margin, y, shorten(note, round(self.size * 0.85), width - 2 * margin), self.theme.muted, "ls", grow=0.85
+            )
             y -= self.size * 1.3
-        self.text(width / 2, y, x_label, MUTED, "ms")
+        self.text(width / 2, y, x_label, self.theme.muted, "ms")
         return y - self.size * 2.9
 
     def _panels(self, panels: Sequence[Panel], top: float, bottom: float, margin: int, width: int) -> None:
@@ -233,7 +271,8 @@ class Figure:
         free = bottom - top - heading * len(panels) - self.size * (len(panels) - 1)
         xs = [x for panel in panels for line in panel.lines for x in line.x]
         columns = max(2, int((width - 6 * margin) / (5 * self.size)))
-        x_axis = linear_axis(xs, min(columns, 12), pad=0.015, whole=True)
+        x_axis = linear_axis(xs, min(columns, 12), pad=0.015, whole=self.whole_x)
+        x_axis = replace(x_axis, falls=self.falling_x)
         heights = [max(2 * self.size, free * panel.share / sum(p.share for p in panels)) for panel in panels]
         axes = [self._y_axis(panel, size) for panel, size in zip(panels, heights, strict=True)]
         font = font_for("0", self.size)
@@ -243,7 +282,7 @@ class Figure:
         left = margin + labels + self.size * 0.6
         y = top
         for panel, axis, size in zip(panels, axes, heights, strict=True):
-            self.text(margin, y, shorten(panel.title, self.size, width - 2 * margin), MUTED)
+            self.text(margin, y, shorten(panel.title, self.size, width - 2 * margin), self.theme.muted)
             y += heading
             box = (round(left), round(y), round(width - margin), round(y + size))
             self._panel(panel, x_axis, axis, box, last=panel is panels[-1])
@@ -257,23 +296,23 @@ class Figure:
     def _panel(self, panel: Panel, x_axis: Axis, y_axis: Axis, box: tuple[int, int, int, int], last: bool) -> None:
         left, top, right, bottom = box
         s, width, height = self.samples, right - left, bottom - top
-        area = Image.new("RGB", (width * s, height * s), "white")
+        area = Image.new("RGB", (width * s, height * s), self.theme.paper)
         draw = ImageDraw.Draw(area)
         hair = max(1, round(self.unit * s))
         for value, label in y_axis.ticks:
             y = height * (1 - (y_axis.position(value) or 0.0))
-            draw.line([(0, y * s), (width * s, y * s)], GRID, hair)
-            self.text(left - self.size * 0.6, top + y, label, MUTED, "rm")
+            draw.line([(0, y * s), (width * s, y * s)], self.theme.grid, hair)
+            self.text(left - self.size * 0.6, top + y, label, self.theme.muted, "rm")
         for value, label in x_axis.ticks:
             x = width * (x_axis.position(value) or 0.0)
-            draw.line([(x * s, 0), (x * s, height * s)], GRID, hair)
+            draw.line([(x * s, 0), (x * s, height * s)], self.theme.grid, hair)
             if last:
-                self.text(left + x, bottom + self.size * 0.5, label, MUTED, "ma")
+                self.text(left + x, bottom + self.size * 0.5, label, self.theme.muted, "ma")
         for line in panel.lines:
             for run in _runs(line, x_axis, y_axis):
                 self._stroke(draw, [(x * width * s, (1 - y) * height * s) for x, y in run], line)
         low = height * s - hair
-        draw.line([(hair, 0), (hair, low), (width * s, low)], MUTED, round(1.3 * hair))
+        draw.line([(hair, 0), (hair, low), (width * s, low)], self.theme.muted, round(1.3 * hair))
         self.image.paste(area.resize((width, height), Image.Resampling.LANCZOS), (left, top))
 
     def _stroke(self, draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], line: Line) -> None:
@@ -283,7 +322,7 @@ class Figure:
         radius = width * 1.5
         for x, y in points if line.dots or len(points) == 1 else ():
             draw.ellipse(
-                (x - radius, y - radius, x + radius, y + radius), line.color, "white", max(1, round(width / 3))
+                (x - radius, y - radius, x + radius, y + radius), line.color, self.theme.paper, max(1, round(width / 3))
             )
 
 

@@ -20,7 +20,14 @@ def generic_family(latent_format: Any) -> Family:
     """Token sizes for a model of no known family: what ComfyUI says of its latent (newer versions do), 2×2 a token."""
     pixels = int(getattr(latent_format, "spacial_downscale_ratio", GENERIC.pixels_per_latent))
     frames = int(getattr(latent_format, "temporal_downscale_ratio", GENERIC.frames_per_latent))
-    return replace(GENERIC, pixels_per_token=2 * pixels, pixels_per_latent=pixels, frames_per_latent=frames)
+    video = 2 if latent_format.latent_dimensions == 3 else 1
+    return replace(
+        GENERIC,
+        default_length=video,
+        pixels_per_token=2 * pixels,
+        pixels_per_latent=pixels,
+        frames_per_latent=frames,
+    )
 
 
 def latent_size(latent: dict, channels: int, family: Family) -> tuple[int, int, int]:

@@ -78,14 +78,15 @@ def options(nodes: Nodes) -> dict[str, Any]:
     families = [FAMILIES[key] for key in shell_families()]
     named = [node_id for node_id in (*EVALUATED, PLOT, TINY) if node_id in nodes]
     return {
-        "nodes": {node_id: [entry.id for entry in nodes[node_id].GET_SCHEMA().inputs] for node_id in named},
+        # name -> whether it may stay unconnected
+        "nodes": {one: {entry.id: entry.optional for entry in nodes[one].GET_SCHEMA().inputs} for one in named},
         "families": [{"key": one.key, "title": one.title, "process": one.process} for one in families],
         "models": all_remembered(),
     }
 
 
 def answer(nodes: Nodes, body: bytes) -> dict[str, Any]:
-    """{"curves", "x_title", "y_title", "y_range", "log", "facts", "notes"}, or {"error"}; curves as `curve` makes them.
+    """What `picture` makes, or {"error": why not}.
 
     `body` is JSON: {"target": id, "nodes": {id: {"type": node id, "inputs": {name: value}}}}. An input's value is a
     widget's value, a link [id, output], {"unknown": where it comes from}, or for a MODEL {"family": key}, {"seen":
@@ -148,7 +149,8 @@ class Question:
         wanted = set(inspect.signature(schedule_lines).parameters)
         lines, log, more = schedule_lines(values, **{name: value for name, value in values.items() if name in wanted})
         curves = [curve(line.label, line.x, line.y, dots=line.dots) for line in lines]
-        return {**picture(curves, values["quantity"], log), "notes": [*notes, *more]}
+        x_title = values.get("x_axis", "step")
+        return {**picture(curves, values["quantity"], log, x_title), "notes": [*notes, *more]}
 
     # ── the graph ───────────────────────────────────────────────────────────────────────────────────
 
@@ -278,6 +280,7 @@ def picture(curves: list[dict], y_title: str, log: bool = False, x_title: str = 
     return {
         "curves": curves,
         "x_title": x_title,
+        "x_falls": x_title == "t",  # noise is on the left
         "y_title": y_title,
         "y_range": [0.0, 1.0] if is_share else None,
         "log": log,

@@ -5,17 +5,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ..schedules.curves import PROCESS_CHOICES as PROCESSES
 from ..schedules.curves import QUANTITIES as QUANTITIES
-from ..schedules.curves import Quantity, process_for, series
+from ..schedules.curves import X_AXES as X_AXES
+from ..schedules.curves import Quantity, XAxis, positions, process_for, series
 from ..schedules.process import VP, NoiseProcess
 from ..schedules.validate import require_choice, require_sigmas
-from .canvas import COLORS, DASHES, MAX_SIDE, MIN_SIDE, Figure, Line, Panel
+from .canvas import COLORS, DASHES, MAX_SIDE, MIN_SIDE, THEMES, Figure, Line, Panel
 from .images import to_image_tensor
+from .model_sampling import Sampling, read_sampling
 
 
-__all__ = ["MAX_SIDE", "MIN_SIDE", "PROCESSES", "QUANTITIES", "Y_AXES", "plot_schedules", "plot_training"]
+__all__ = [
+    "MAX_SIDE",
+    "MIN_SIDE",
+    "PROCESSES",
+    "QUANTITIES",
+    "THEMES",
+    "X_AXES",
+    "Y_AXES",
+    "plot_schedules",
+    "plot_training",
+]
 
 Y_AXES = ("auto", "linear", "log")
 PALE_BLUE = "#9CC6DE"
@@ -26,51 +39,109 @@ _TITLES: dict[Quantity, tuple[str, str]] = {
     "log_snr": ("Signal-to-noise ratio", "log-SNR = ln(alpha^2 / sigma^2) (nats)"),
     "step_size": ("Step sizes", "step size, the fall in sigma per step (no unit)"),
 }
+_X_TITLES: dict[XAxis, tuple[str, str]] = {
+    "step": ("per sampling step", "sampling step"),
+    "t": ("over time", "t, the noise fraction (1 = noise, 0 = data)"),
+    "percent": ("over percent", "percent: the model's progress, as start_percent (0 to 1)"),
+    "log_snr": ("over log-SNR", "log-SNR = ln(alpha^2 / sigma^2) (nats)"),
+}
 
 
 def plot_schedules(
-    schedules: Mapping[str, Any], quantity: Quantity, process: str, y_axis: str, width: int, height: int
+    schedules: Mapping[str, Any],
+    quantity: Quantity,
+    process: str,
+    y_axis: str,
+    width: int,
+    height: int,
+    x_axis: XAxis = "step",
+    theme: str = "light",
+    model: ModelPatcher | None = None,
 ) -> torch.Tensor:
-    """IMAGE of one curve per schedule over the step number.
+    """IMAGE of one curve per schedule over the step number, t, percent or log-SNR; noise is always on the left.
 
     `schedules` has "sigmas_1" … with "label_1" … beside them; missing sigmas are skipped, missing labels named after
-    the input. `process` says how t and log-SNR follow from sigma: "auto" is flow where no sigma exceeds 1, else vp.
+    the input. `process` says how t and log-SNR follow from sigma: "auto" is flow where no sigma exceeds 1, else vp;
+    a model says it itself, and what percent means.
     """
-    lines, log, notes = schedule_lines(schedules, quantity, process, y_axis)
+    lines, log, notes = schedule_lines(schedules, quantity, process, y_axis, x_axis, theme, model)
     title, unit = _TITLES[quantity]
-    figure = Figure([Panel(unit, lines, log)], "sampling step", f"{title} per sampling step", notes, width, height)
+    figure = Figure(
+        [Panel(unit, lines, log)],
+        x_label(x_axis, model),
+        f"{title} {_X_TITLES[x_axis][0]}",
+        notes,
+        width,
+        height,
+        theme=THEMES[theme],
+        whole_x=x_axis == "step",
+        falling_x=x_axis == "t",
+    )
     return to_image_tensor(figure.image)
 
 
 def schedule_lines(
-    schedules: Mapping[str, Any], quantity: Quantity, process: str, y_axis: str
+    schedules: Mapping[str, Any],
+    quantity: Quantity,
+    process: str,
+    y_axis: str,
+    x_axis: XAxis = "step",
+    theme: str = "light",
+    model: ModelPatcher | None = None,
 ) -> tuple[list[Line], bool, list[str]]:
-    """The curves of `plot_schedules` as numbers, whether their y axis is logarithmic, and what the reader must know."""
-    require_choice("quantity", quantity, QUANTITIES)
-    require_choice("process", process, PROCESSES)
-    require_choice("y_axis", y_axis, Y_AXES)
+    """The curves of `plot_schedules` as numbers, whether their y axis is logarithmic, and what the reader must know.
+
+    Every x is finite; y can be infinite.
+    """
+    for name, value, choices in (
+        ("quantity", quantity, QUANTITIES),
+        ("process", process, PROCESSES),
+        ("y_axis", y_axis, Y_AXES),
+        ("x_axis", x_axis, X_AXES),
+        ("theme", theme, tuple(THEMES)),
+    ):
+        require_choice(name, value, choices)
     given = {name: sigmas for name, sigmas in schedules.items() if name.startswith("sigmas_") and sigmas is not None}
     if not given:
         raise ValueError("nothing to plot: connect SIGMAS to sigmas_1, for example from Schedule (Tidetable_Schedule)")
-    lines, notes = [], []
+    sampling = None if model is None else read_sampling(model)
+    colors = THEMES[theme].lines
+    lines, off_axis = [], 0
     for index, (name, sigmas) in enumerate(given.items()):
         sigmas = require_sigmas(sigmas, name, strict=False)
-        label = _label(schedules.get(name.replace("sigmas_", "label_")), name)
-        noise = process_for(sigmas, process)
-        values = series(sigmas, quantity, noise)
-        title = f"{label} ({_count(len(sigmas) - 1, 'step')}"
-        title += f", {_process_name(noise)})" if quantity in ("t", "log_snr") else ")"
-        # Steps are counted from 1; noise levels stand before, between and after them.
-        first = 1 if quantity == "step_size" else 0
-        style = {"color": COLORS[index % len(COLORS)], "dash": DASHES[index % len(DASHES)], "dots": len(values) <= 61}
-        lines.append(Line(range(first, first + len(values)), values, label=title, width=2.2, **style))
+        noise = process_for(sigmas, process) if sampling is None else sampling.process
+        points = _points(sigmas, quantity, x_axis, noise, sampling)
+        x, y = ([point[i] for point in points if math.isfinite(point[0])] for i in (0, 1))
+        off_axis += len(points) - len(x)
+        title = f"{_label(schedules.get(name.replace('sigmas_', 'label_')), name)} ({_count(len(sigmas) - 1, 'step')}"
+        title += f", {_process_name(noise)})" if {quantity, x_axis} & {"t", "log_snr"} else ")"
+        style = {"color": colors[index % len(colors)], "dash": DASHES[index % len(DASHES)], "dots": len(y) <= 61}
+        lines.append(Line(x, y, label=title, width=2.2, **style))
     log = _use_log(lines, quantity, y_axis)
-    if hidden := sum(not math.isfinite(y) or (log and y <= 0.0) for line in lines for y in line.y):
-        what = (
-            "infinite log-SNR (sigma 0, or pure noise)" if quantity == "log_snr" else "0, which a log axis cannot show"
-        )
-        notes.append(f"Not drawn: {_count(hidden, 'point')} at {what}.")
-    return lines, log, notes
+    values = [y for line in lines for y in line.y]
+    hidden = {
+        "infinite log-SNR (sigma 0, or pure noise)": off_axis + sum(not math.isfinite(y) for y in values),
+        "0, which a log axis cannot show": sum(log and y <= 0.0 for y in values),
+    }
+    return lines, log, [f"Not drawn: {_count(count, 'point')} at {what}." for what, count in hidden.items() if count]
+
+
+def x_label(x_axis: XAxis, model: ModelPatcher | None) -> str:
+    """Quantity and unit of the x axis."""
+    if x_axis == "percent" and model is None:
+        return "fraction of the steps (0 to 1)"
+    return _X_TITLES[x_axis][1]
+
+
+def _points(
+    sigmas: torch.Tensor, quantity: Quantity, x_axis: XAxis, process: NoiseProcess, sampling: Sampling | None
+) -> list[tuple[float, float]]:
+    """(x, y) of one schedule. A step's size stands at the step's number, or where the step begins."""
+    x = positions(sigmas, x_axis, process, None if sampling is None else sampling.shift or 1.0)
+    if quantity == "step_size":
+        # Steps are counted from 1; noise levels stand before, between and after them.
+        x = x[1:] if x_axis == "step" else x[:-1]
+    return list(zip(x, series(sigmas, quantity, process), strict=True))
 
 
 def plot_training(loss_map: Mapping[str, Any], width: int, height: int) -> torch.Tensor:
@@ -194,7 +265,9 @@ def _use_log(lines: Sequence[Line], quantity: Quantity, y_axis: str) -> bool:
     """Auto: a log axis for sigmas beyond flow's 0 to 1, which span decades."""
     if quantity == "log_snr":
         return False
-    return y_axis == "log" or (y_axis == "auto" and quantity != "t" and any(max(line.y) > 2.0 for line in lines))
+    return y_axis == "log" or (
+        y_axis == "auto" and quantity != "t" and any(max(line.y, default=0.0) > 2.0 for line in lines)
+    )
 
 
 def _wide(values: Sequence[float]) -> bool:

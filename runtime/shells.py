@@ -15,6 +15,7 @@ from typing import Any
 import comfy.model_base
 import comfy.supported_models
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from comfy.supported_models_base import BASE
 from comfy_execution.utils import get_executing_context
@@ -87,8 +88,8 @@ def shell_of(model: ModelPatcher) -> Shell:
     """A shell of a loaded MODEL, with its patched noise process."""
     current = current_sampling(model)
     original: Any = model.model
-    shell: Any = torch.nn.Module.__new__(type(original))
-    torch.nn.Module.__init__(shell)
+    shell = _bare(type(original))
+    shell.diffusion_model = _bare(type(original.diffusion_model))
     for name in _FACTS:
         setattr(shell, name, getattr(original, name, None))
     shell.model_sampling = copy.deepcopy(original.model_sampling).cpu()
@@ -108,22 +109,36 @@ def family_shell(key: str) -> Shell:
         raise ValueError(f"this ComfyUI has no model of family {key[:40]!r}; known here: {', '.join(shell_families())}")
     config = config_class({**_WIDTHS, **config_class.unet_config, **_NO_NETWORK})
     try:
-        return Shell(config.get_model({}, "", device=torch.device("cpu")))
+        model = config.get_model({}, "", device=torch.device("cpu"))
     except Exception as error:  # a few also take other parts of their checkpoint, e.g. Stable Audio
         raise ValueError(f"no preview for {FAMILIES[key].title}: ComfyUI makes it from a checkpoint only") from error
+    return _with_bare_network(model, config_class.unet_config)
 
 
 @cache
 def tiny_shell(name: str) -> Shell:
     """A shell of an embedded model."""
+    network = tiny_spec(name).network
     spec = replace(tiny_spec(name), network=_NO_NETWORK)
-    return Shell(spec.base(TinyConfig(spec), spec.model_type, device=torch.device("cpu")))
+    return _with_bare_network(spec.base(TinyConfig(spec), spec.model_type, device=torch.device("cpu")), network)
 
 
 @cache
 def unknown_flow_shell() -> Shell:
     """A shell of a flow model of no family, for what depends on the shift alone."""
-    return Shell(comfy.model_base.BaseModel(BASE(_NO_NETWORK), comfy.model_base.ModelType.FLOW))
+    return _with_bare_network(comfy.model_base.BaseModel(BASE(_NO_NETWORK), comfy.model_base.ModelType.FLOW), {})
+
+
+def _bare(cls: type) -> Any:
+    """An instance of a module class of ComfyUI that was never built: some nodes ask what class a network has."""
+    module = torch.nn.Module.__new__(cls)
+    torch.nn.Module.__init__(module)
+    return module
+
+
+def _with_bare_network(model: Any, unet_config: dict) -> Shell:
+    model.diffusion_model = _bare(UNetModel if "model_channels" in unet_config else torch.nn.Module)
+    return Shell(model)
 
 
 def _config_class(key: str) -> type | None:

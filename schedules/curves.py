@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from .process import VP, Flow, NoiseProcess
+from .shift import unshift_t
 
 
 Quantity = Literal["sigma", "t", "log_snr", "step_size"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
 
+XAxis = Literal["step", "t", "percent", "log_snr"]
+X_AXES: tuple[XAxis, ...] = get_args(XAxis)
 ProcessChoice = Literal["auto", "flow", "vp"]
 PROCESS_CHOICES: tuple[ProcessChoice, ...] = get_args(ProcessChoice)
 
@@ -67,3 +70,23 @@ def series(sigmas: Tensor, quantity: Quantity, process: NoiseProcess) -> list[fl
         case _:
             raise ValueError(f"unknown quantity {quantity!r}; use one of {', '.join(QUANTITIES)}")
     return values.tolist()
+
+
+def positions(sigmas: Tensor, axis: XAxis, process: NoiseProcess, model_shift: float | None = None) -> list[float]:
+    """Where each noise level [steps + 1] stands on an x axis.
+
+    percent runs from 0 (noise) to 1 (image): with the shift of a model (1 where it has none) it is ComfyUI's sampling
+    progress of that model, with None the fraction of the steps.
+    """
+    steps = torch.arange(len(sigmas), dtype=torch.float64)
+    match axis:
+        case "step":
+            return steps.tolist()
+        case "percent" if model_shift is None:
+            return (steps / (len(sigmas) - 1)).tolist()
+        case "percent":
+            t = t_from_sigma(sigmas, process)
+            return (1.0 - (unshift_t(t, model_shift) if isinstance(process, Flow) else t)).tolist()
+        case "t" | "log_snr":
+            return series(sigmas, axis, process)
+    raise ValueError(f"unknown x axis {axis!r}; use one of {', '.join(X_AXES)}")

@@ -209,6 +209,7 @@ _VIDEO_FAMILIES = (
         model_classes=("MiniMaxH3",),
         default_width=1280,
         default_height=720,
+        default_length=121,
         pixels_per_latent=16,
         frames_per_latent=4,
     ),

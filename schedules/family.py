@@ -139,7 +139,7 @@ class Family:
     default_width: int = 1024
     default_height: int = 1024
     default_length: int = 1
-    """Frames."""
+    """Frames; above 1 for families of videos, whose tokens count frames too."""
     pixels_per_token: int = 16
     pixels_per_latent: int = 8
     frames_per_latent: int = 1
@@ -149,7 +149,8 @@ class Family:
         """Tokens of a picture or video of this size in pixels and frames. ValueError below one token or frame."""
         if length < 1:
             raise ValueError(f"length must be at least 1 frame, got {length}; 1 is a picture")
-        return image_tokens(width, height, self.pixels_per_token) * ((length - 1) // self.frames_per_latent + 1)
+        layers = (length - 1) // self.frames_per_latent + 1 if self.default_length > 1 else 1
+        return image_tokens(width, height, self.pixels_per_token) * layers
 
 
 GENERIC = Family("", "unknown family", None, "", ())

@@ -9,6 +9,8 @@ from .shift import FLUX_LINE, MuLine, log_area_mu, mu_from_image_tokens, mu_from
 
 
 SHIFT_MODES = ("official", "shift", "mu", "line", "sqrt area", "log area")
+MAX_SHIFT = 1e6
+"""Beyond it, and below its inverse, a table in float32 has next to no noise levels left between 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,20 @@ class ShiftChoice:
 
 
 def chosen_shift(choice: ShiftChoice, family: Family = GENERIC) -> tuple[float, float]:
-    """(shift, mu) of a choice. `family` says how large a token is; mode "official" needs one that has a rule.
+    """(shift, mu) of a choice, if a model can use it. ValueError for an unknown mode and for numbers out of range."""
+    shift, mu = _unchecked_shift(choice, family)
+    if not 1.0 / MAX_SHIFT <= shift <= MAX_SHIFT:
+        size = f"{choice.width}×{choice.height}, {choice.length} frame(s)"
+        origin = f"mode {choice.mode}" if choice.mode in ("shift", "mu") else f"mode {choice.mode} at {size}"
+        raise ValueError(
+            f"shift must be {1.0 / MAX_SHIFT:g} to {MAX_SHIFT:g}, got {shift:g} from {origin}: all noise levels would "
+            "be the same. Use mode shift with 1 to 16, as official values are"
+        )
+    return shift, mu
 
-    Raises ValueError for an unknown mode and for numbers out of range.
-    """
+
+def _unchecked_shift(choice: ShiftChoice, family: Family) -> tuple[float, float]:
+    """(shift, mu) of a choice. `family` says how large a token is; mode "official" needs one that has a rule."""
     c = choice
     match c.mode:
         case "shift":

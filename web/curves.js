@@ -10,6 +10,7 @@ export function drawCurves(svg, answer, width, height) {
   if (inner.width < 20 || inner.height < 20 || !values.length) return svg.replaceChildren();
   const x = scale(answer.curves.flatMap((curve) => curve.x), false, inner.width);
   const y = scale([...values, ...(answer.y_range ?? [])], answer.log, inner.height);
+  const left = (value) => (answer.x_falls ? inner.width - x.at(value) : x.at(value));
   const above = (value) => inner.height - y.at(value);
   const plot = make("g", { transform: `translate(${MARGIN.left} ${MARGIN.top})` });
   const axes = make("g", { class: "tidetable-axes" });
@@ -19,15 +20,16 @@ export function drawCurves(svg, answer, width, height) {
     const place = { x: MARGIN.left - 5, y: MARGIN.top + above(level) + 3, "text-anchor": "end" };
     axes.append(make("text", place, levels.format(level)));
   }
-  for (const step of x.ticks(Math.min(5, Math.floor(inner.width / 50))).values.filter(Number.isInteger)) {
-    const place = { x: MARGIN.left + x.at(step), y: height - 4, "text-anchor": "middle" };
-    axes.append(make("text", place, String(step)));
+  const across = x.ticks(Math.min(5, Math.floor(inner.width / 50)));
+  for (const step of across.values.filter((value) => answer.x_title !== "step" || Number.isInteger(value))) {
+    const place = { x: MARGIN.left + left(step), y: height - 4, "text-anchor": "middle" };
+    axes.append(make("text", place, across.format(step)));
   }
   const points = answer.curves.flatMap((curve) =>
-    curve.x.map((step, i) => [x.at(step), curve.y[i]]).filter(([, value]) => isDrawn(value, answer.log)),
+    curve.x.map((step, i) => [left(step), curve.y[i]]).filter(([, value]) => isDrawn(value, answer.log)),
   );
-  axes.append(caption(answer, points.map(([left, value]) => [left, above(value)]), inner));
-  answer.curves.forEach((curve, index) => plot.append(...drawn(curve, index, answer.log, x.at, above)));
+  axes.append(caption(answer, points.map(([place, value]) => [place, above(value)]), inner));
+  answer.curves.forEach((curve, index) => plot.append(...drawn(curve, index, answer, left, above)));
   svg.replaceChildren(axes, plot);
 }
 
@@ -59,7 +61,7 @@ function caption(answer, points, { width, height }) {
 }
 
 /** A line through the points, broken where one cannot be drawn, and dots where they can be told apart. */
-function drawn(curve, index, log, x, y) {
+function drawn(curve, index, { log, x_title: xTitle }, x, y) {
   const color = classOf(curve, index);
   let corner = "M";
   let d = "";
@@ -69,7 +71,7 @@ function drawn(curve, index, log, x, y) {
     if (!isDrawn(value, log)) return (corner = "M");
     d += `${corner}${x(step).toFixed(2)} ${y(value).toFixed(2)}`;
     corner = "L";
-    const title = make("title", {}, `${curve.label}, step ${step}: ${Number(value.toPrecision(6))}`);
+    const title = make("title", {}, `${curve.label}, ${xTitle} ${Number(step.toPrecision(6))}: ${Number(value.toPrecision(6))}`);
     dots.push(make("circle", { class: color, cx: x(step), cy: y(value), r: 2 }, title));
   });
   const path = make("path", { class: color, d, "data-label": curve.label });

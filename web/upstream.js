@@ -37,14 +37,14 @@ export function questionAbout(node, known) {
     keys.set(one, key);
     const entry = { type: one.comfyClass, inputs: {} };
     question.nodes[key] = entry;
-    for (const name of known[one.comfyClass]) {
-      const value = valueOf(one, name, path);
+    for (const [name, isOptional] of Object.entries(known[one.comfyClass])) {
+      const value = valueOf(one, name, isOptional, path);
       if (value !== undefined) entry.inputs[name] = value;
     }
     return key;
   };
 
-  const valueOf = (one, name, path) => {
+  const valueOf = (one, name, isOptional, path) => {
     const index = one.inputs?.findIndex((input) => input.name === name) ?? -1;
     const isModel = one.inputs?.[index]?.type === "MODEL";
     let source = index < 0 ? undefined : sourceOf(one, index, path);
@@ -55,7 +55,7 @@ export function questionAbout(node, known) {
     if (source?.node && Object.hasOwn(known, source.node.comfyClass)) {
       return [add(source.node, source.path), source.slot];
     }
-    if (isModel) {
+    if (isModel && !(isOptional && source === undefined)) {
       const model = modelOf(one, source, hint);
       question.leaf ??= { node: one, source: model };
       return model.value;

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.browser
 FLOW_SHIFT, SCHEDULE, PLOT, TINY = (
     f"Tidetable_{name}" for name in ("FlowShift", "Schedule", "PlotSchedules", "LoadTinyModel")
 )
+AXES_HEIGHT = 24  # of MARGIN in web/curves.js, above and below the plot
 SHIFT_OF = {"canvas": 5.0, "vue": 7.0}  # differing, so that no node is cached and all run
 # A graph from [type, [x, y], {widget: value}, {input: [index of node, output]}]; returns the ids.
 BUILD = """nodes => {
@@ -50,7 +51,8 @@ BUILD = """nodes => {
 # What the panel of a node shows: its texts, and the points of its curves in pixels, y upwards.
 READ = """id => {
     const node = app.canvas.graph.nodes.find(node => String(node.id) === id)
-    const element = node.widgets.find(widget => widget.name === 'curve').element
+    const element = node?.widgets.find(widget => widget.name === 'curve')?.element
+    if (!element) return {connected: false, facts: '', message: '', choice: null, curves: {}}  // being rebuilt
     const part = name => element.querySelector('.tidetable-' + name)
     const points = path => [...path.getAttribute('d').matchAll(/[ML](\\S+) (\\S+?)(?=[ML]|$)/g)]
         .map(([, x, y]) => [Number(x), -Number(y)])
@@ -109,13 +111,14 @@ def until(page: Page, node_id: str, is_as_wanted, seconds: float = 60.0) -> dict
         page.page.wait_for_timeout(50)
 
 
-def draws(curve: list[list[float]] | None, expected: list[float], tolerance: float = 0.05) -> bool:
-    """Whether the drawn points are the expected values on some linear axis, to a fraction of a pixel."""
-    if curve is None or len(curve) != len(expected):
+def draws(shown: dict, label: str, expected: list[float], low: float = 0.0, high: float = 1.0) -> bool:
+    """Whether this curve's points are the expected values on an axis from low to high, to a fraction of a pixel."""
+    curve = next((points for name, points in shown["curves"].items() if name.startswith(label)), None)
+    if curve is None or len(curve) != len(expected) or not shown["connected"]:
         return False
-    drawn = np.array(curve)[:, 1]
-    slope, offset = np.polyfit(expected, drawn, 1)
-    return bool(slope > 0 and np.abs(slope * np.array(expected) + offset - drawn).max() < tolerance)
+    size = shown["height"] - AXES_HEIGHT
+    drawn = np.array(curve)[:, 1] / size + 1.0
+    return bool(np.abs(drawn - (np.array(expected) - low) / (high - low)).max() * size < 0.05)
 
 
 def schedule(model, **widgets) -> list[float]:
@@ -164,7 +167,7 @@ def test_a_curve_follows_the_mouse(page: Page, client):
     """denoise of Schedule is dragged: at each stop the curve is the schedule for the value that the widget has then."""
     _, node = build(page, [TINY, [0, 0], {"name": "mmdit-flow"}, {}], [SCHEDULE, [300, 0], {}, {"model": [0, 0]}])
     model = build_patcher("mmdit-flow")
-    until(page, node, lambda shown: draws(shown["curves"].get("sigma"), torch.linspace(1, 0, 21).tolist()))
+    until(page, node, lambda shown: draws(shown, "sigma", torch.linspace(1, 0, 21).tolist()))
     history = client.get("/history")
     values = []
 
@@ -172,8 +175,8 @@ def test_a_curve_follows_the_mouse(page: Page, client):
         page.page.wait_for_timeout(150)
         values.append(page.evaluate(VALUE, [node, "denoise"]))
         expected = schedule(model, spacing="trailing", steps=20, denoise=values[-1])
-        shown = until(page, node, lambda shown: draws(shown["curves"].get("sigma"), expected))
-        assert shown["facts"].startswith(f"20 steps · sigma {expected[0]:.4g}")
+        shown = until(page, node, lambda shown: draws(shown, "sigma", expected))
+        assert shown["facts"].startswith(f"20 steps · sigma {expected[0]:.4g} ")
 
     drag(page, node, "denoise", seen)
     assert len(set(values)) == len(values) and all(a > b for a, b in pairwise(values)), values
@@ -191,8 +194,8 @@ def test_flow_shift_shows_the_shift_that_it_would_set(page: Page):
     def follows() -> dict:
         shift = page.evaluate(VALUE, [node, "shift"])
         expected = shift_t(torch.as_tensor(shares), shift).tolist()
-        shown = until(page, node, lambda shown: draws(shown["curves"].get("shifted"), expected))
-        assert draws(shown["curves"]["shift 1"], shares.tolist())
+        shown = until(page, node, lambda shown: draws(shown, "shifted", expected))
+        assert draws(shown, "shift 1", shares.tolist())
         assert shown["facts"] == f"shift {shift:.4f} · mu {np.log(shift):.4f}"
         return shown
 
@@ -201,10 +204,18 @@ def test_flow_shift_shows_the_shift_that_it_would_set(page: Page):
     if page.mode == "canvas":
         drag(page, node, "shift", follows)
     else:  # plain numbers cannot be dragged in the older frontend's Vue mode
-        box = page.page.locator(f'[data-node-id="{node}"] .lg-node-widget').nth(1).locator("input")
-        box.click(click_count=3)
-        page.page.keyboard.type("7.5")
-        page.page.keyboard.press("Enter")
+        field = page.page.locator(f'[data-node-id="{node}"] .lg-node-widget').nth(1).locator("input")
+        box = field.bounding_box()
+        page.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.page.mouse.down()
+        for distance in (20, 40, 60):
+            page.page.mouse.move(box["x"] + box["width"] / 2 + distance, box["y"] + box["height"] / 2, steps=5)
+            follows()
+        page.page.mouse.up()
+        if page.evaluate(VALUE, [node, "shift"]) == before:
+            field.click(click_count=3)
+            page.page.keyboard.type("7.5")
+            page.page.keyboard.press("Enter")
     page.page.wait_for_timeout(200)
     assert page.evaluate(VALUE, [node, "shift"]) != before
     assert follows()["choice"] is None
@@ -219,7 +230,7 @@ def test_flow_shift_shows_the_shift_that_it_would_set(page: Page):
         page.evaluate(SET, [node, name, value])
     _, shift, mu = FlowShift.execute(family_shell("qwen_image").patcher(), "official", 1.0, 0.0, 1664, 928).args[:3]
     shown = until(page, node, lambda shown: shown["facts"] == f"shift {shift:.4f} · mu {mu:.4f}")
-    assert draws(shown["curves"]["shifted"], shift_t(torch.as_tensor(shares), shift).tolist())
+    assert draws(shown, "shifted", shift_t(torch.as_tensor(shares), shift).tolist())
     save_part(page, "live-shift", node_box(page, node))
     assert page.complaints == []
 
@@ -246,13 +257,14 @@ def test_plot_schedules_follows_what_feeds_it(page: Page):
             plot,
             lambda shown: (
                 set(shown["curves"]) == set(expected)  # noqa: B023
-                and all(draws(shown["curves"][name], values) for name, values in expected.items())  # noqa: B023
+                and all(draws(shown, name, values) for name, values in expected.items())  # noqa: B023
             ),
         )
         assert "sigmas_4 comes from BasicScheduler, which is known only when it runs" in shown["message"]
     page.evaluate(SET, [plot, "quantity", "step_size"])
     falls = {name: [a - b for a, b in pairwise(values)] for name, values in expected.items()}
-    until(page, plot, lambda shown: all(draws(shown["curves"].get(name), fall) for name, fall in falls.items()))
+    ends = [f(fall for one in falls.values() for fall in one) for f in (min, max)]
+    until(page, plot, lambda shown: all(draws(shown, name, fall, *ends) for name, fall in falls.items()))
     save_part(page, "live-plot", node_box(page, shift, first, second, plot))
     assert page.complaints == []
 
@@ -274,14 +286,14 @@ def test_a_model_is_known_once_it_ran(page: Page):
     page.evaluate("async () => { await app.queuePrompt(0, 1) }")
     expected = shift_t(torch.linspace(1, 0, 5, dtype=torch.float64), SHIFT_OF[page.mode]).tolist()
     for one in (node, plot):
-        until(page, one, lambda shown: any(draws(curve, expected) for curve in shown["curves"].values()))
+        until(page, one, lambda shown: draws(shown, "sig", expected))
     assert page.evaluate(READ, node)["choice"].startswith("as run: Tidetable")
     save_part(page, "live-as-run", node_box(page, node, plot))
     page.page.locator(".tidetable-live select").first.select_option("flux")
     model = family_shell("flux").patcher()
     expected = schedule(model, spacing="trailing", steps=4, denoise=1.0)
     for one in (node, plot):
-        until(page, one, lambda shown: any(draws(curve, expected) for curve in shown["curves"].values()))
+        until(page, one, lambda shown: draws(shown, "sig", expected))
     output = page.evaluate("async () => (await app.graphToPrompt()).output")
     assert set(output[node]["inputs"]) == {entry.id for entry in Schedule.GET_SCHEMA().inputs}
     assert page.complaints == []
@@ -306,7 +318,7 @@ def ids_of(page: Page, node_type: str) -> list[str]:
 
 def lines(page: Page, node: str, steps: int) -> dict:
     expected = torch.linspace(1, 0, steps + 1).tolist()
-    shown = until(page, node, lambda shown: draws(shown["curves"].get("sigma"), expected) and shown["connected"])
+    shown = until(page, node, lambda shown: draws(shown, "sigma", expected))
     if page.mode == "vue":  # what the user sees is this element and no copy of it
         shown_there = page.page.locator(f'[data-node-id="{node}"] .tidetable-live path')
         assert shown_there.count() == 1 and shown_there.first.is_visible()
@@ -372,17 +384,17 @@ def test_a_subgraph_is_looked_into_and_out_of(page: Page):
     )
     page.page.wait_for_timeout(800)
     expected = shift_t(torch.linspace(1, 0, 7, dtype=torch.float64), 4.0).tolist()
-    until(page, plot, lambda shown: any(draws(curve, expected) for curve in shown["curves"].values()))
+    until(page, plot, lambda shown: draws(shown, "sig", expected))
     page.evaluate("app.canvas.setGraph([...app.graph.subgraphs.values()][0])")
     page.page.wait_for_timeout(1000)
     (inner,) = ids_of(page, SCHEDULE)
     (inner_shift,) = ids_of(page, FLOW_SHIFT)
-    until(page, inner, lambda shown: draws(shown["curves"].get("sigma"), expected) and shown["connected"])
+    until(page, inner, lambda shown: draws(shown, "sigma", expected))
     page.evaluate(SET, [inner_shift, "shift", 2.0])
     expected = shift_t(torch.linspace(1, 0, 7, dtype=torch.float64), 2.0).tolist()
-    until(page, inner, lambda shown: draws(shown["curves"].get("sigma"), expected))
+    until(page, inner, lambda shown: draws(shown, "sigma", expected))
     save_part(page, "live-subgraph", node_box(page, inner, inner_shift))
     page.evaluate("app.canvas.setGraph(app.graph)")
     page.page.wait_for_timeout(1000)
-    until(page, plot, lambda shown: any(draws(curve, expected) for curve in shown["curves"].values()))
+    until(page, plot, lambda shown: draws(shown, "sig", expected))
     assert page.complaints == []

@@ -4,6 +4,7 @@ Pictures are left in tests/output/. Both ways in which the page can draw nodes a
 """
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,41 @@ def test_an_example_workflow_loads(page, object_info, path: Path):
     )
     assert sorted(loaded) == sorted([str(node["id"]), node["type"], True] for node in workflow["nodes"])
     save(page, path.stem)
+    assert_laid_out(page)
     assert_same_prompt(page, workflow, object_info)
     assert page.complaints == []
+
+
+# Left, top, right, bottom of every node and group, in the graph's coordinates, as the page draws them.
+BOXES = """() => {
+    const {scale, offset} = app.canvas.ds
+    const canvas = app.canvas.canvas.getBoundingClientRect()
+    const drawn = node => {
+        const element = LiteGraph.vueNodesMode && document.querySelector(`[data-node-id="${node.id}"]`)
+        const {x, y, right, bottom} = element ? element.getBoundingClientRect() : {}
+        if (element) return [[x - canvas.x, y - canvas.y], [right - canvas.x, bottom - canvas.y]]
+            .flatMap(([x, y]) => [x / scale - offset[0], y / scale - offset[1]])
+        const [left, top, width, height] = node.getBounding()
+        return [left, top, left + width, top + height]
+    }
+    return {
+        nodes: app.graph._nodes.map(node => [node.type, ...drawn(node)]),
+        groups: app.graph._groups.map(({title, pos, size}) => [title, ...pos, pos[0] + size[0], pos[1] + size[1]]),
+    }
+}"""
+
+
+def assert_laid_out(page: Page) -> None:
+    """No node lies over another, and each lies in one of the groups, in whatever way its size is computed here."""
+    boxes = page.evaluate(BOXES)
+    problems = []
+    for (one, *a), (other, *b) in combinations(boxes["nodes"], 2):
+        if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]:
+            problems.append(f"{one} {a} lies over {other} {b}")
+    for name, left, top, right, bottom in boxes["nodes"]:
+        if not any(g[0] <= left and g[1] <= top and right <= g[2] and bottom <= g[3] for _, *g in boxes["groups"]):
+            problems.append(f"{name} {[left, top, right, bottom]} hangs out of its group")
+    assert not problems, "\n".join(problems)
 
 
 def assert_same_prompt(page: Page, workflow: dict, object_info: dict) -> None:

@@ -266,6 +266,12 @@ def test_a_flow_model_that_an_earlier_node_made_discrete_is_refused_with_the_rea
             shift_node(broken)
 
 
+def test_a_sigma_range_set_upstream_is_refused_with_the_reason(models):
+    ranged = nodes_model_advanced.ModelSamplingContinuousEDM().patch(models["sd3"], "v_prediction", 120.0, 0.002)[0]
+    with pytest.raises(ValueError, match="ContinuousEDM.*earlier model-sampling node"):
+        shift_node(ranged)
+
+
 # ── Describe Model beside it ────────────────────────────────────────────────────────────────────────
 
 

@@ -55,12 +55,15 @@ def drawn(answer: dict, label: str = "sigma") -> list[float]:
 
 @pytest.mark.parametrize("key", shell_families())
 def test_a_family_without_a_network_is_what_comfyui_would_load(key):
-    if FAMILIES[key].process != "flow" and key not in ("sd15", "sdxl"):
-        pytest.skip("may need a checkpoint")
+    if key.startswith("stable_audio"):
+        with pytest.raises(ValueError, match="from a checkpoint only"):
+            family_shell(key)
+        return
     shell = family_shell(key).patcher()
     family = detect_family(shell)
     assert family is not None and family.key == key
-    assert (read_sampling(shell).shift is not None) == (FAMILIES[key].process == "flow")
+    if FAMILIES[key].process == "flow":
+        assert read_sampling(shell).shift is not None
     assert list(shell.model.parameters()) == []
 
 
@@ -102,7 +105,7 @@ def test_schedule_draws_what_it_returns(name, spacing):
     expected = Schedule.execute(model=build_patcher(name), **widgets).args[0]
     assert drawn(answer) == expected.double().tolist()
     assert answer["curves"][0]["x"] == list(range(14))
-    assert answer["log"] == (name != "mmdit-flow") and answer["facts"][0] == "13 steps"
+    assert answer["log"] == (max(expected) > 2.0) and answer["facts"][0] == "13 steps"
 
 
 @pytest.mark.parametrize("mode", ["official", "shift", "mu"])
@@ -225,7 +228,7 @@ def test_a_body_that_is_no_question(body):
 def test_the_route_answers_and_never_fails(client):
     offered = client.get(PATH)
     assert set(offered["nodes"]) == {*EVALUATED, PLOT, TINY} & set(KNOWN)
-    assert offered["nodes"][SCHEDULE] == [entry.id for entry in KNOWN[SCHEDULE].GET_SCHEMA().inputs]
+    assert offered["nodes"][SCHEDULE] == {entry.id: entry.optional for entry in KNOWN[SCHEDULE].GET_SCHEMA().inputs}
     assert {"flux", "sd3", "sdxl"} <= {family["key"] for family in offered["families"]}
     question = {"target": "1", "nodes": {"1": {"type": SCHEDULE, "inputs": {"steps": 3, "model": {"family": "sd3"}}}}}
     expected = Schedule.execute(family_shell("sd3").patcher(), "trailing", 3, 1.0).args[0].tolist()

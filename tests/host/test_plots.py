@@ -12,10 +12,13 @@ from PIL import ImageColor
 from tidetable.nodes.plots import PlotSchedules, PlotTraining
 from tidetable.runtime import canvas
 from tidetable.runtime.canvas import COLORS, linear_axis, log_axis
+from tidetable.runtime.model_sampling import patch_flow_shift, read_sampling
 from tidetable.runtime.plots import running_mean
+from tidetable.schedules.curves import positions
 from tidetable.schedules.process import VP
 from tidetable.schedules.spacing import SPACINGS, flow_grid, table_grid
 from tidetable.schedules.spacing import schedule as spaced
+from tidetable.tests.host.model_zoo import zoo
 
 
 VP_GRID = table_grid(VP.from_betas().ratio(torch.arange(1000, dtype=torch.float64) / 999))
@@ -29,6 +32,7 @@ def _as_in_a_node():
 
 
 def plot(quantity="sigma", process="auto", y_axis="auto", width=512, height=384, **schedules):
+    # x_axis, theme and model are among the schedules: older saved graphs do not have them
     return PlotSchedules.execute(quantity, process, y_axis, width, height, **schedules).args[0]
 
 
@@ -36,7 +40,7 @@ def plot_loss(width=512, height=384, **loss_map):
     return PlotTraining.execute(loss_map, width, height).args[0]
 
 
-def coverage(image, color, header=0.13):
+def coverage(image, color, header=0.2):
     """How much of each pixel below the legend is this color on white, [H', W]; 0 where it is something else."""
     picture = 1.0 - image[0].numpy()[int(image.shape[1] * header) :]
     ink = 1.0 - np.array(ImageColor.getrgb(color)) / 255
@@ -49,15 +53,15 @@ def curve(image, color):
     """Center of the color in each column that has it: {column: row}."""
     amount = coverage(image, color)
     rows = np.arange(len(amount))[:, None]
-    has = np.nonzero(amount.sum(axis=0) > 0.5)[0]
+    has = np.nonzero(amount.sum(axis=0) > 0.3)[0]
     return {int(c): float((amount[:, c] * rows[:, 0]).sum() / amount[:, c].sum()) for c in has}
 
 
-def is_image(image, width=512, height=384):
+def is_image(image, width=512, height=384, top=1.0):
     values = image.unique()
     return (
         image.shape == (1, height, width, 3) and image.dtype == torch.float32 and image.device.type == "cpu"
-        and float(values.min()) >= 0.0 and float(values.max()) == 1.0 and len(values) > 10
+        and float(values.min()) >= 0.0 and float(values.max()) == (top or values.max()) <= 1.0 and len(values) > 10
     )  # fmt: skip
 
 
@@ -161,6 +165,70 @@ def test_log_axis_leaves_out_zero_and_says_so():
     assert torch.equal(plot(sigmas_1=FALLING, y_axis="linear"), plot(sigmas_1=FALLING))  # auto, for flow
 
 
+@pytest.mark.parametrize("x_axis", ["t", "percent", "log_snr"])
+@pytest.mark.parametrize("quantity", ["sigma", "t", "log_snr", "step_size"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_quantity_over_every_axis_on_light_and_dark(quantity, x_axis, theme):
+    paper, colors = canvas.THEMES[theme].paper, canvas.THEMES[theme].lines
+    image = plot(quantity, x_axis=x_axis, theme=theme, sigmas_1=FALLING, sigmas_2=spaced(VP_GRID, "karras", 9).float())
+    assert is_image(image, top=None)
+    assert image[0, 2, 2].tolist() == pytest.approx([c / 255 for c in ImageColor.getrgb(paper)])
+    for color in colors[:2]:
+        ink = torch.tensor(ImageColor.getrgb(color)) / 255
+        assert ((image[0, 80:] - ink).abs().amax(dim=-1) < 0.03).sum() > 8
+
+
+@pytest.mark.parametrize("theme", canvas.THEMES.values(), ids=canvas.THEMES)
+def test_lines_and_text_stand_out_from_the_paper(theme):
+    """WCAG 2.1's contrast ratio: 4.5 for text, 3 for lines (light's pale ones are told apart by dashes, too)."""
+    for color, least in ((theme.ink, 7.0), (theme.muted, 4.5), *((line, 2.0) for line in theme.lines)):
+        light, dark = sorted((luminance(color), luminance(theme.paper)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= least, color
+
+
+def luminance(color):
+    channels = (c / 255 for c in ImageColor.getrgb(color)[:3])
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_noise_stands_on_the_left_of_every_axis():
+    for x_axis in ("step", "t", "percent", "log_snr"):
+        heights = curve(plot(x_axis=x_axis, sigmas_1=FALLING), COLORS[0])
+        columns = sorted(heights)
+        assert heights[columns[0]] < heights[columns[-1]], x_axis  # rows count downwards, sigma falls
+
+
+def test_sigma_over_t_is_a_straight_line_for_flow():
+    uneven = spaced(flow_grid(6.0), "karras", 30)
+    heights = curve(plot(x_axis="t", sigmas_1=uneven), COLORS[0])
+    columns = np.array(sorted(heights))
+    rows = np.array([heights[column] for column in columns])
+    assert np.abs(rows - np.polyval(np.polyfit(columns, rows, 1), columns)).max() < 2.0
+
+
+def test_the_model_says_what_percent_is():
+    shifted = patch_flow_shift(zoo("sd3"), "shift", 4.0, 0.0, 64, 64)[0]
+    sigmas = spaced(flow_grid(4.0), "trailing", 30)
+    # Percent of a model undoes its shift: equal steps in percent, so the same picture as over the steps' fraction.
+    with_model, without = (curve(plot(x_axis="percent", sigmas_1=sigmas, model=m), COLORS[0]) for m in (shifted, None))
+    assert with_model == pytest.approx(without, abs=0.5)
+    other = curve(plot(x_axis="percent", sigmas_1=spaced(flow_grid(4.0), "linear", 30), model=shifted), COLORS[0])
+    common = sorted(set(other) & set(without))
+    assert max(abs(other[column] - without[column]) for column in common) < 3.0, "one curve: sigma of percent"
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_percent_of_a_model_is_the_hosts(name):
+    model = zoo(name)
+    sampling = read_sampling(model)
+    for percent in (0.1, 0.37, 0.5, 0.9):
+        sigma = torch.tensor([float(sampling.host.percent_to_sigma(percent)), 0.0], dtype=torch.float64)
+        assert positions(sigma, "percent", sampling.process, sampling.shift or 1.0) == pytest.approx(
+            [percent, 1.0], abs=2e-5
+        )
+
+
 @pytest.mark.parametrize("label", ["", "   ", "Ä ü ñ", "中文标签", "σ → 0", "line\nbreak", "👩‍🔬", "x" * 200])
 def test_any_reasonable_label(label):
     assert is_image(plot(sigmas_1=FALLING, label_1=label))
@@ -181,6 +249,9 @@ def test_any_reasonable_label(label):
         ({"sigmas_1": "karras"}, "one-dimensional tensor .*got str"),
         ({"sigmas_1": FALLING, "label_1": "x" * 10_000}, "label_1 has 10000 characters; use at most 200"),
         ({"sigmas_1": FALLING, "quantity": "snr"}, "quantity must be one of sigma, t, log_snr, step_size"),
+        ({"sigmas_1": FALLING, "x_axis": "time"}, "x_axis must be one of step, t, percent, log_snr, got 'time'"),
+        ({"sigmas_1": FALLING, "theme": "blue"}, "theme must be one of light, dark, got 'blue'"),
+        ({"sigmas_1": FALLING, "model": "sd3"}, "expected a diffusion MODEL, got str"),
         ({"sigmas_1": FALLING, "process": "ve"}, "process must be one of auto, flow, vp"),
         ({"sigmas_1": FALLING, "y_axis": "y" * 10_000}, "y_axis must be one of auto, linear, log"),
         ({"sigmas_1": FALLING * 14, "process": "flow"}, "sigma 14 is no flow noise level"),

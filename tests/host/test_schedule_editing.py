@@ -209,7 +209,7 @@ def test_other_bad_input_is_named(models):
         (lambda: split(SIGMAS, "percent", model="sd3"), "expected a diffusion MODEL, got str"),
         (
             lambda: edit(schedule(models["sdxl"]), "multiply", value=2.0, keep_ends=False, model=models["sdxl"]),
-            "multiply leads to sigma 29.2292, above the model's largest 14.6146",
+            "multiply leads to sigma 29.229., above the model's largest 14.6146",
         ),
         (lambda: edit(SIGMAS, "insert", value=0.5 + 1e-9), "cannot insert sigma 0.5"),
     ):

@@ -78,6 +78,7 @@ def test_tokens_of_videos_are_whole_latent_frames():
     assert FAMILIES["ltxv"].tokens(768, 512, 97) == 24 * 16 * 13
     assert FAMILIES["mochi"].tokens(848, 480, 163) == 53 * 30 * 28
     assert FAMILIES["flux"].tokens(1024, 1024) == 4096
+    assert FAMILIES["flux"].tokens(1024, 1024, 81) == FAMILIES["qwen_image"].tokens(1024, 1024, 81) == 4096
     assert FAMILIES["wan"].tokens(832, 480, 84) == FAMILIES["wan"].tokens(832, 480, 81)
 
 
@@ -159,6 +160,10 @@ def test_sqrt_area_counts_the_frames_of_a_video():
         ({"mode": "cosine"}, "unknown mode 'cosine'.*sqrt area"),
         ({"mode": "shift", "shift": 0.0}, "shift must be .*0.0"),
         ({"mode": "shift", "shift": -1.0}, "shift must be .*-1.0"),
+        ({"mode": "shift", "shift": 1e9}, "shift must be 1e-06 to 1e[+]06, got 1e[+]09 from mode shift:.*1 to 16"),
+        ({"mode": "shift", "shift": 1e-9}, "got 1e-09 from mode shift"),
+        ({"mode": "mu", "mu": 20.0}, "got 4.85165e[+]08 from mode mu"),
+        ({"mode": "line", "width": 16384, "height": 16384}, "from mode line at 16384×16384, 1 frame"),
         ({"mode": "mu", "mu": 1e9}, "mu must be .*1000000000"),
         ({"mode": "line", "width": 0}, "0×1024"),
         ({"mode": "line", "length": 0}, "length .*got 0"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tidetable.schedules.curves import QUANTITIES, series
+from tidetable.schedules.curves import QUANTITIES, positions, series
 from tidetable.schedules.process import VP, Flow
 from tidetable.schedules.shift import shift_t
 from tidetable.schedules.spacing import flow_grid, schedule
@@ -73,3 +73,18 @@ def test_lengths_and_unknown_quantity():
     assert [len(series(sigmas, quantity, Flow())) for quantity in QUANTITIES] == [4, 4, 4, 3]
     with pytest.raises(ValueError, match="'snr'.*log_snr"):
         series(sigmas, "snr", Flow())  # pyright: ignore[reportArgumentType]
+
+
+def test_positions_on_the_x_axes():
+    sigmas = schedule(flow_grid(3.0), "trailing", 4)
+    assert positions(sigmas, "step", Flow()) == [0, 1, 2, 3, 4]
+    assert positions(sigmas, "t", Flow()) == sigmas.tolist()
+    assert positions(sigmas, "log_snr", Flow()) == series(sigmas, "log_snr", Flow())
+    assert positions(sigmas, "percent", Flow()) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert positions(sigmas, "percent", Flow(), 3.0) == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+    assert positions(sigmas, "percent", Flow(), 1.0) == pytest.approx((1 - sigmas).tolist())
+    process = VP.from_betas()
+    sigmas = process.ratio(torch.tensor([1.0, 0.4, 0.0], dtype=torch.float64))
+    assert positions(sigmas, "percent", process, 1.0) == pytest.approx([0.0, 0.6, 1.0])
+    with pytest.raises(ValueError, match="unknown x axis 'time'; use one of step, t, percent, log_snr"):
+        positions(sigmas, "time", process)  # pyright: ignore[reportArgumentType]
