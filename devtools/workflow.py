@@ -57,8 +57,10 @@ def widget_values(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str,
     rest = list(values)
     result: dict[str, Any] = {}
     for name, options in _widgets(info):
-        if not rest:
-            break  # saved before this input existed: its default holds
+        if not rest:  # saved before this input existed: the page gives it its default
+            if "default" in options:
+                result[name] = options["default"]
+            continue
         result[name] = rest.pop(0)
         has_control = options.get("control_after_generate") or name in ("seed", "noise_seed")
         if has_control and rest and rest[0] in AFTER_GENERATE:

@@ -10,6 +10,7 @@ from ..runtime.plots import (
     THEMES,
     X_AXES,
     Y_AXES,
+    XAxis,
     plot_schedules,
     plot_training,
 )
@@ -105,7 +106,7 @@ class PlotSchedules(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, quantity, process, y_axis, width, height, x_axis="step", theme="light", model=None, **schedules
+        cls, quantity, process, y_axis, width, height, x_axis: XAxis = "step", theme="light", model=None, **schedules
     ) -> io.NodeOutput:
         return io.NodeOutput(plot_schedules(schedules, quantity, process, y_axis, width, height, x_axis, theme, model))
 

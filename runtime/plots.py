@@ -26,6 +26,7 @@ __all__ = [
     "THEMES",
     "X_AXES",
     "Y_AXES",
+    "XAxis",
     "plot_schedules",
     "plot_training",
 ]

@@ -82,9 +82,9 @@ def positions(sigmas: Tensor, axis: XAxis, process: NoiseProcess, model_shift: f
     match axis:
         case "step":
             return steps.tolist()
-        case "percent" if model_shift is None:
-            return (steps / (len(sigmas) - 1)).tolist()
         case "percent":
+            if model_shift is None:
+                return (steps / (len(sigmas) - 1)).tolist()
             t = t_from_sigma(sigmas, process)
             return (1.0 - (unshift_t(t, model_shift) if isinstance(process, Flow) else t)).tolist()
         case "t" | "log_snr":

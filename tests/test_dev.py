@@ -434,7 +434,11 @@ def test_a_saved_graph_becomes_a_prompt():
         "Sink": {
             "input": {
                 "required": {"data": ["DATA", {}], "scale": ["FLOAT", {"default": 1.0}]},
-                "optional": {"label": ["STRING", {}], "forced": ["INT", {"forceInput": True}]},
+                "optional": {
+                    "label": ["STRING", {}],
+                    "forced": ["INT", {"forceInput": True}],
+                    "newer": ["COMBO", {"default": "x", "options": ["x", "y"]}],  # not in the saved graph
+                },
             },
             "display_name": "The sink",
         },
@@ -452,7 +456,7 @@ def test_a_saved_graph_becomes_a_prompt():
     assert prompt["1"]["inputs"] == {"seed": 7, "kind": "b"}
     assert prompt["2"] == {
         "class_type": "Sink",
-        "inputs": {"scale": 0.5, "data": ["1", 0]},
+        "inputs": {"scale": 0.5, "newer": "x", "data": ["1", 0]},
         "_meta": {"title": "The sink"},
     }
     assert list(prompt) == ["1", "2"]

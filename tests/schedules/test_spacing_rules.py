@@ -279,6 +279,13 @@ def test_bad_options_are_named(spacing, options, message):
     assert len(str(caught.value)) < 300
 
 
+def test_ten_thousand_steps_where_the_levels_are_continuous():
+    for spacing in ("trailing", "karras", "beta", "log_snr", "kl_optimal", "cosine", "linear"):
+        assert len(schedule(GRIDS["flow-3"], spacing, 10_000)) == 10_001
+    with pytest.raises(ValueError, match="simple cannot place 10000 different noise levels on this model's 1000 rows"):
+        schedule(GRIDS["vp"], "simple", 10_000)
+
+
 def test_terminal_needs_a_flow_and_two_steps():
     with pytest.raises(ValueError, match="terminal 0.02 is for flow models"):
         schedule(GRIDS["vp"], "trailing", 10, terminal=0.02)
