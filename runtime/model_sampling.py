@@ -130,7 +130,7 @@ def patch_flow_shift(
         choice = choice.resized(*latent_size(latent, latent_format.latent_channels, own))
     shift, mu = chosen_shift(choice, rule)
     notes = [f"α {shift:.4f}, mu {mu:.4f}: {how_chosen(choice, rule)}", *upstream_notes(host, original, rule)]
-    return _with_sampling(model, _reshifted(host, shift, mu)), shift, mu, "\n".join(notes)
+    return with_sampling(model, _reshifted(host, shift, mu)), shift, mu, "\n".join(notes)
 
 
 def _reshifted(host: Any, shift: float, mu: float) -> Any:
@@ -152,7 +152,7 @@ def has_discrete_table(host: Any) -> bool:
     return isinstance(host, host_sampling.ModelSamplingDiscrete) and not isinstance(host, continuous)
 
 
-def _with_sampling(model: ModelPatcher, host: Any) -> ModelPatcher:
+def with_sampling(model: ModelPatcher, host: Any) -> ModelPatcher:
     clone = model.clone()
     clone.add_object_patch("model_sampling", host)
     return clone
@@ -176,6 +176,6 @@ def _no_shift_message(sampling: Sampling, was_flow: bool) -> str:
     if sampling.prediction == "eps":
         return (
             f"{start}. To choose the noise levels of an eps model use Schedule (Tidetable_Schedule); a flow-matching "
-            "finetune of such a model must be declared with ComfyUI's ModelSamplingSD3 first"
+            "finetune of such a model is declared with Flow Graft (Tidetable_FlowGraft) first"
         )
     return f"{start}. To choose its noise levels use Schedule (Tidetable_Schedule)"

@@ -21,11 +21,11 @@ from ..schedules.shift import require_shift
 from ..schedules.ztsnr import PURE_NOISE_SNR
 from .model_sampling import (
     Sampling,
-    _with_sampling,
     class_names,
     current_sampling,
     has_discrete_table,
     read_sampling,
+    with_sampling,
 )
 
 
@@ -81,7 +81,7 @@ def patch_prediction(model: ModelPatcher, prediction: str) -> ModelPatcher:
     reading = _require_reading(sampling, prediction)
     patched = copy.deepcopy(sampling.host)
     patched.__class__ = type("ModelSampling", (schedule, reading), {})
-    return _with_sampling(model, patched)
+    return with_sampling(model, patched)
 
 
 def _schedule_class(host: Any) -> type:
@@ -153,7 +153,7 @@ def patch_flow_graft(model: ModelPatcher, shift: float) -> ModelPatcher:
 
     grafted = ModelSampling()
     grafted.set_parameters(shift=require_shift(shift), multiplier=1000)
-    return _with_sampling(model, grafted)
+    return with_sampling(model, grafted)
 
 
 CONVERTIBLE = PREDICTIONS

@@ -18,7 +18,7 @@ from ..schedules.ztsnr import (
     rescale_zero_terminal_snr,
     steps_above,
 )
-from .model_sampling import Sampling, _with_sampling, class_names, has_discrete_table, read_sampling
+from .model_sampling import Sampling, class_names, has_discrete_table, read_sampling, with_sampling
 from .process import prediction_of
 
 
@@ -74,7 +74,7 @@ def patch_zero_terminal_snr(
     if not torch.equal(after, before):
         patched.set_sigmas(after)
     patched.zsnr = True
-    clone = _with_sampling(model, patched)
+    clone = with_sampling(model, patched)
     if unguided_steps:
         clone.set_model_sampler_pre_cfg_function(Unguided(unguided_steps))
     return clone, _report(model, patched, before, unguided_steps)
