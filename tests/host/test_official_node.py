@@ -7,8 +7,8 @@ import torch
 
 from tidetable.nodes.official import OfficialSchedule
 from tidetable.runtime.model_sampling import patch_flow_shift
-from tidetable.runtime.schedules import make_schedule
 from tidetable.runtime.official import SCHEDULED_FAMILIES, make_official_schedule
+from tidetable.runtime.schedules import make_schedule
 from tidetable.runtime.tiny import build_patcher
 from tidetable.runtime.tiny_text import CONTEXT_WIDTH
 from tidetable.schedules.families import FAMILIES, official_shift
