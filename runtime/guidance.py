@@ -2,8 +2,8 @@
 
 Two functions without state sit on the cloned patcher; what they need and hand on lies in the model options of the run:
 
-- `sampler_calc_cond_batch_function` evaluates cond, uncond and a second copy of cond in one batch. The copy is the
-  perturbed prediction.
+- a stage of `sampler_calc_cond_batch_function` (cond_batch.py) evaluates cond, uncond and a second copy of cond in one
+  batch. The copy is the perturbed prediction.
 - `sampler_post_cfg_function` adds scale · (cond − perturbed).
 
 For the length of one evaluation a `model_function_wrapper` puts the perturbation into the transformer options, for the
@@ -25,11 +25,11 @@ from torch import Tensor
 from ..samplers.guidance.combine import perturbed_guidance
 from ..samplers.guidance.interval import Interval
 from ..samplers.guidance.perturb import Attention, flagged_rows, identity_attention
+from . import cond_batch
 from .blocks import Target, find_target
 
 
 TERMS = "tidetable_perturbed_attention"  # in model_options: the terms that nodes have added, immutable
-RUN = "tidetable_perturbed_attention_run"  # in the model_options of one sampling run: what its evaluations hand on
 MAX_SCALE = 100.0
 
 
@@ -58,20 +58,18 @@ def perturbed_attention(model: ModelPatcher, scale: float, start_percent: float,
     terms = patched.model_options.get(TERMS, [])
     if not terms:
         patched.set_model_sampler_post_cfg_function(add_perturbed_guidance)
-        if "sampler_calc_cond_batch_function" not in patched.model_options:
-            patched.set_model_sampler_calc_cond_batch_function(predict_with_perturbed)
+        cond_batch.install(patched, evaluate=predict_with_perturbed)
     patched.model_options[TERMS] = [*terms, term]
     return patched
 
 
 def predict_with_perturbed(args: dict) -> list[Tensor]:
-    """`sampler_calc_cond_batch_function`: [cond, uncond]; inside the interval with the perturbed one in the batch."""
-    model, conds, x, sigma, options = (args[key] for key in ("model", "conds", "input", "sigma", "model_options"))
-    terms = _active_terms(args)
-    if not terms or conds[0] is None or "model_function_wrapper" in options:
-        return comfy.samplers.calc_cond_batch(model, conds, x, sigma, options)
+    """An `Evaluate` stage: [cond, uncond]; inside the interval with the perturbed one in the batch."""
+    conds, terms = args["conds"], _active_terms(args)
+    if not terms or conds[0] is None or "model_function_wrapper" in args["model_options"]:
+        return cond_batch.evaluate_plainly(args)
     *predictions, perturbed = _evaluate(args, [*conds, _perturbed_copy(conds[0])], terms[0].target)
-    options[RUN]["prediction"] = (x, perturbed)
+    cond_batch.run_state(args["model_options"])["prediction"] = (args["input"], perturbed)
     return predictions
 
 
@@ -80,7 +78,7 @@ def add_perturbed_guidance(args: dict) -> Tensor:
     terms = _active_terms(args)
     if not terms:
         return args["denoised"]
-    x, perturbed = args["model_options"].get(RUN, {}).pop("prediction", (None, None))
+    x, perturbed = cond_batch.run_state(args["model_options"]).pop("prediction", (None, None))
     if x is not args["input"]:
         if args["cond"] is None:
             raise RuntimeError(
@@ -106,7 +104,7 @@ def _perturbed_copy(cond: list[dict]) -> list[dict]:
 def _evaluate(args: dict, conds: list, target: Target) -> list[Tensor]:
     """Predictions [B, ...] for `conds`, in one batch where ComfyUI can, the last of them perturbed at `target`."""
     options = args["model_options"]
-    run = options.setdefault(RUN, {})
+    run = cond_batch.run_state(options)
     wrapper = _perturbing_wrapper(target, len(conds) - 1, options.get("model_function_wrapper", _apply), run)
     options = {**options, "model_function_wrapper": wrapper}
     return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
