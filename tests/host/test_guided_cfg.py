@@ -213,9 +213,9 @@ def test_other_cfg_nodes_find_nothing_to_add_outside_the_interval():
     model = build("mmdit")
     guided = rules(model, cfg_end_percent=0.3)
     cond = evaluate(model, 1.0, 0.5)
-    for add in (nodes_tcfg.TCFG.execute, nodes_cfg.CFGZeroStar.execute):
-        assert_close(evaluate(add(guided).args[0], CFG, 0.5), cond)
-        assert_close(evaluate(rules(add(model).args[0], cfg_end_percent=0.3), CFG, 0.5), cond)
+    for add, *inputs in ((nodes_tcfg.TCFG,), (nodes_cfg.CFGZeroStar,), (nodes_apg.APG, 0.2, 20.0, -0.5)):
+        assert_close(evaluate(add.execute(guided, *inputs).args[0], CFG, 0.5), cond)
+        assert_close(evaluate(rules(add.execute(model, *inputs).args[0], cfg_end_percent=0.3), CFG, 0.5), cond)
 
 
 def test_uncond_is_computed_where_somebody_asks_for_it():
