@@ -8,13 +8,8 @@ from tidetable.samplers import SAMPLERS
 from tidetable.tests.host import conformance
 
 
+pytestmark = pytest.mark.usefixtures("in_a_node")
 COUNT = 2048
-
-
-@pytest.fixture(autouse=True)
-def _as_in_a_node():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.mark.parametrize("name", conformance.cases("sampler-safe"))
