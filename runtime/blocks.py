@@ -26,6 +26,11 @@ class UNetMiddle:
 
     indices: tuple[int, ...]
 
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """(list of blocks, index) of the perturbed blocks in execution order; of a U-Net, its middle is one block."""
+        return (("middle_block", 0),)
+
     def __str__(self) -> str:
         return f"self-attention of the U-Net's middle block (transformer blocks {_listed(self.indices)})"
 
@@ -63,6 +68,10 @@ class JointBlock:
 
     index: int
     num_attentions: int
+
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        return (("joint_blocks", self.index),)
 
     def __str__(self) -> str:
         return f"attention of joint block {self.index}"
@@ -102,6 +111,24 @@ def _with_replaced(transformer_options: dict, kind: str, functions: dict) -> dic
 
 
 Target = UNetMiddle | JointBlock
+
+# The lists of blocks of ComfyUI's networks in the order in which a forward goes through them.
+_LISTS = (
+    ("input_blocks", "middle_block", "output_blocks"),  # U-Nets
+    ("joint_blocks",),  # SD3
+    ("double_layers", "single_layers"),  # AuraFlow
+    ("double_blocks", "single_blocks"),  # Flux, Flux2, Chroma, HunyuanVideo and HunyuanImage
+    ("double_stream_blocks", "single_stream_blocks"),  # HiDream
+    ("transformer_blocks",),  # Qwen-Image
+    ("layers",),  # Lumina2, Z-Image, OmniGen2
+    ("blocks",),  # Wan, Cosmos, Anima, Krea2
+)
+
+
+def block_lists(network: nn.Module) -> tuple[str, ...]:
+    """The names of the network's lists of blocks in execution order; () where none is known."""
+    children = dict(network.named_children())
+    return next((names for names in _LISTS if names[0] in children), ())
 
 
 def find_target(network: nn.Module) -> Target:
