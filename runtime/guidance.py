@@ -25,7 +25,7 @@ from torch import Tensor
 from ..samplers.guidance.combine import perturbed_guidance
 from ..samplers.guidance.interval import Interval
 from ..samplers.guidance.perturb import Attention, flagged_rows, identity_attention
-from . import cond_batch
+from . import cond_batch, shared_prefix
 from .blocks import Target, find_target
 
 
@@ -40,10 +40,15 @@ class PerturbedTerm:
     scale: float
     interval: Interval
     target: Target
+    shares_prefix: bool
 
 
-def perturbed_attention(model: ModelPatcher, scale: float, start_percent: float, end_percent: float) -> ModelPatcher:
+def perturbed_attention(
+    model: ModelPatcher, scale: float, start_percent: float, end_percent: float, sharing: str = "auto"
+) -> ModelPatcher:
     """A clone of `model` with perturbed-attention guidance; `scale` 0 to 100, 0 = off: nothing is installed.
+
+    `sharing`, "auto", "on" or "off": whether the blocks before the perturbed one are computed once for both rows.
 
     Applied twice, the terms add up, and the perturbed prediction is still computed once. ValueError for bad numbers and
     for models without an attention that could be perturbed.
@@ -54,7 +59,10 @@ def perturbed_attention(model: ModelPatcher, scale: float, start_percent: float,
     patched = model.clone()
     if scale == 0.0:
         return patched
-    term = PerturbedTerm(scale, interval, find_target(patched.get_model_object("diffusion_model")))
+    network = patched.get_model_object("diffusion_model")
+    target = find_target(network)
+    shares = shared_prefix.is_wanted(sharing, network, target.places, patched.load_device)
+    term = PerturbedTerm(scale, interval, target, shares)
     terms = patched.model_options.get(TERMS, [])
     if not terms:
         patched.set_model_sampler_post_cfg_function(add_perturbed_guidance)
@@ -68,9 +76,26 @@ def predict_with_perturbed(args: dict) -> list[Tensor]:
     conds, terms = args["conds"], _active_terms(args)
     if not terms or conds[0] is None or "model_function_wrapper" in args["model_options"]:
         return cond_batch.evaluate_plainly(args)
-    *predictions, perturbed = _evaluate(args, [*conds, _perturbed_copy(conds[0])], terms[0].target)
+    *predictions, perturbed = _predict_together(args, _perturbed_copy(conds[0]), terms[0])
     cond_batch.run_state(args["model_options"])["prediction"] = (args["input"], perturbed)
     return predictions
+
+
+def _predict_together(args: dict, copy: list[dict], term: PerturbedTerm) -> list[Tensor]:
+    """Predictions for args["conds"] and then for cond's perturbed `copy`: in one batch, or with a shared prefix."""
+    conds, target, run = args["conds"], term.target, cond_batch.run_state(args["model_options"])
+    prefix = shared_prefix.find_prefix(args, target.places) if run.get("sharing", term.shares_prefix) else None
+    if prefix is None:
+        return _evaluate(args, [*conds, copy], target)
+
+    def perturbing(inner: Callable) -> Callable:
+        return _perturbing_wrapper(target, 0, inner, run)
+
+    predictions, perturbed = shared_prefix.evaluate(args, [copy], prefix, perturbing, _apply)
+    if perturbed is None:
+        run["sharing"] = False
+        perturbed = _evaluate(args, [copy], target)
+    return [*predictions, *perturbed]
 
 
 def add_perturbed_guidance(args: dict) -> Tensor:
