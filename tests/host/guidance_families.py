@@ -15,7 +15,6 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy.ldm.chroma.model import ChromaParams
-from comfy.ldm.flux.model import FluxParams
 from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
 
 from tidetable.tests.host.guidance_models import normal
@@ -210,7 +209,9 @@ FLUX = (2, 16, 8, 12)  # 4 × 6 tokens
 VIDEO = (2, 16, 3, 8, 12)  # 3 frames of 4 × 6 tokens
 CASES = {
     "sd15": Case("SD15", _network("sd15"), SQUARE, "middle", _unet_taps(lambda n: n.middle_block[1])),
-    "sd20": Case("SD20", _network("sd15", adm_in_channels=None), SQUARE, "middle", _unet_taps(lambda n: n.middle_block[1])),
+    "sd20": Case(
+        "SD20", _network("sd15", adm_in_channels=None), SQUARE, "middle", _unet_taps(lambda n: n.middle_block[1])
+    ),
     "sdxl": Case("SDXL", _network("sdxl", **_SDXL_DEEP), SQUARE, "middle", _unet_taps(lambda n: n.middle_block[1])),
     "refiner": Case(
         "SDXLRefiner",
@@ -273,7 +274,9 @@ CASES = {
         _HUNYUAN,
         VIDEO,
         "single 0",
-        lambda n: _flux_single(0, slice(0, 72) if n.double_blocks[0].__dict__.get("flipped_img_txt") else slice(TEXT, None))(n),
+        lambda n: _flux_single(
+            0, slice(0, 72) if n.double_blocks[0].__dict__.get("flipped_img_txt") else slice(TEXT, None)
+        )(n),
     ),
     "hunyuan_video_double": Case("HunyuanVideo", {**_HUNYUAN, "depth": 3}, VIDEO, "double 2", _flux_double(2)),
     "qwen_image": Case(

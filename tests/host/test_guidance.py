@@ -171,7 +171,7 @@ def test_unet_without_self_attention_in_the_middle_takes_the_nearest_block_that_
 
 
 def test_unet_without_any_self_attention():
-    model = build(transformer_depth=[0, 0], transformer_depth_output=[0] * 4, transformer_depth_middle=-1)
+    model = build(transformer_depth=[0] * 8, transformer_depth_output=[0] * 12, transformer_depth_middle=-1)
     with pytest.raises(ValueError, match="has no blocks that can be perturbed.*U-Net without self-attention"):
         node(model)
 

@@ -1,4 +1,4 @@
-"""Tidetable_PerturbedAttention on every family: what the perturbed rows are, and that all else stays the model's own."""
+"""Tidetable_PerturbedAttention on every family: what perturbed rows are, and that all else stays the model's own."""
 
 import pytest
 import torch
