@@ -7,15 +7,15 @@ is noticed, and the caller evaluates the copy without a shortcut.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP, get_all_wrappers, get_wrappers_with_key
 from torch import Tensor, nn
 
+from .attention_targets import MIDDLE, UNET_LISTS, Place
 from .blocks import block_lists
 from .reentry import CannotShare, Prefix, Records, Wrapper, recording, resuming, with_kept_controls
 
@@ -24,20 +24,19 @@ from .reentry import CannotShare, Prefix, Records, Wrapper, recording, resuming,
 _PATCHES = {"output_block_patch", "emb_patch", "attn1_patch", "attn2_patch"}
 _REPLACEMENTS = {"attn1", "attn2"}
 
-MODES = ("auto", "on", "off")
+Sharing = Literal["auto", "on", "off"]
+SHARING: tuple[Sharing, ...] = get_args(Sharing)
 # Parameters from which on "auto" shares. Measured on one CPU thread, where a second call costs little: with 2 M slower
 # or even, with 28 M even, with 74 M faster. A GPU does not compute while a call is prepared: not measured.
 SMALLEST_ON_CPU, SMALLEST_ON_GPU = 50_000_000, 1_000_000_000
 
 
-def is_wanted(sharing: str, network: nn.Module, places: Collection[tuple[str, int]], device: torch.device) -> bool:
+def is_wanted(sharing: Sharing, network: nn.Module, places: Collection[Place], device: torch.device) -> bool:
     """Whether evaluations are to share the prefix before `places`, by the node's input: "on", "off" or "auto".
 
     "auto" is on where the prefix has a quarter of the parameters or more, of a network that is not too small for a
-    second call to pay: a U-Net's input blocks have 0.3 of its parameters and of its FLOPs. ValueError for other names.
+    second call to pay: a U-Net's input blocks have 0.3 of its parameters and of its FLOPs.
     """
-    if sharing not in MODES:
-        raise ValueError(f"shared_prefix must be one of {', '.join(MODES)}, got {sharing!r}")
     if sharing != "auto":
         return sharing == "on"
     prefix = prefix_of(network, places)
@@ -49,37 +48,41 @@ def _num_parameters(modules: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def prefix_of(network: nn.Module, places: Collection[tuple[str, int]]) -> Prefix | None:
+def prefix_of(network: nn.Module, places: Collection[Place]) -> Prefix | None:
     """What lies before the first of `places`, (name of a list of blocks, index); None: nothing, or it is not known.
 
     Nor is it taken of a U-Net's input blocks: little is gained there, and later ones leave tensors for output blocks.
     """
     modules = list(_in_order(network))
-    if isinstance(network, UNetModel):
+    if _is_unet(network):
         entries = [i for i, (place, layer) in enumerate(modules) if place in places and _is_transformer(layer)]
-        entries = [] if entries and modules[entries[0]][0][0] == "input_blocks" else entries
+        entries = [] if entries and modules[entries[0]][0][0] == UNET_LISTS[0] else entries
     else:
         entries = [i for i, (place, _) in enumerate(modules) if place in places]
     first = min(entries, default=0)
     return Prefix(tuple(module for _, module in modules[:first]), modules[first][1]) if first else None
 
 
-def _in_order(network: Any) -> Iterator[tuple[tuple[str, int], nn.Module]]:
+def _in_order(network: Any) -> Iterator[tuple[Place, nn.Module]]:
     """(place, module) in execution order: the blocks of a network, the layers of a U-Net's blocks."""
     for name in block_lists(network):
         blocks = getattr(network, name)
-        if isinstance(network, UNetModel):
-            blocks = [blocks or ()] if name == "middle_block" else blocks
+        if _is_unet(network):
+            blocks = [blocks or ()] if (name, 0) == MIDDLE else blocks
             yield from (((name, i), layer) for i, block in enumerate(blocks) for layer in block)
         else:
             yield from (((name, i), block) for i, block in enumerate(blocks))
+
+
+def _is_unet(network: nn.Module) -> bool:
+    return block_lists(network) == UNET_LISTS
 
 
 def _is_transformer(layer: nn.Module) -> bool:
     return isinstance(layer, SpatialTransformer)
 
 
-def find_prefix(args: dict, places: Collection[tuple[str, int]]) -> Prefix | None:
+def find_prefix(args: dict, places: Collection[Place]) -> Prefix | None:
     """What lies before the first of `places`, for an evaluation with the slot's `args`; None where it cannot be shared.
 
     It cannot where another pack has a say in which rows or which part of the network are computed: context windows,
@@ -112,7 +115,7 @@ def _is_untouched(module: nn.Module) -> bool:
     return not (compiled or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
-def evaluate(
+def evaluate_shared(
     args: dict, copies: list[list[dict]], prefix: Prefix, perturbing: Callable[[Wrapper], Wrapper], inner: Wrapper
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Predictions for args["conds"], and those for `copies`: of cond's entries, in their order, with other uuids.
