@@ -171,8 +171,7 @@ def add_perturbed_guidance(args: dict) -> Tensor:
                 "Perturbed attention: this guider leaves out the conditional prediction that would be perturbed. "
                 "Set its cfg to something else than 1, or use CFGGuider or KSampler."
             )
-        perturbations = _perturbations(terms)
-        perturbed = dict(zip(perturbations, _evaluate(args, [], args["cond"], perturbations), strict=True))
+        perturbed = _evaluate_by_itself(args, _perturbations(terms))
     for term in terms:
         worse = perturbed[term.perturbation]
         scale = term.scale * _weight(term, args)
@@ -251,6 +250,17 @@ def _evaluate(args: dict, conds: list, cond: list[dict], perturbations: list[Per
     options = {**options, "model_function_wrapper": _perturbing_wrapper(args["model"], numbers, inner, run)}
     conds = [*conds, *(_perturbed_copy(cond, perturbation) for perturbation in perturbations)]
     return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
+
+
+def _evaluate_by_itself(args: dict, perturbations: list[Perturbation]) -> dict[Perturbation, Tensor]:
+    """The perturbed predictions without the others: one by one where another pack may rearrange the rows of a batch."""
+    alone = "model_function_wrapper" in args["model_options"]
+    batches = [[perturbation] for perturbation in perturbations] if alone else [perturbations]
+    return {
+        perturbation: prediction
+        for batch in batches
+        for perturbation, prediction in zip(batch, _evaluate(args, [], args["cond"], batch), strict=True)
+    }
 
 
 def _apply(apply_model: Callable, params: dict) -> Tensor:
