@@ -8,11 +8,12 @@ import pytest
 import torch
 from comfy import context_windows
 from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras import nodes_easycache
 
 from tidetable.runtime.guidance import perturbed_attention
 from tidetable.runtime.reentry import CannotShare, Prefix, recording, resuming
-from tidetable.runtime.shared_prefix import evaluate_shared
+from tidetable.runtime.shared_prefix import evaluate_shared, find_prefix
 from tidetable.tests.host.comparing import fingerprint
 from tidetable.tests.host.guidance_families import build_case, conds_for
 from tidetable.tests.host.guidance_models import (
@@ -62,9 +63,6 @@ OBSTACLES = {
     "patch that mixes rows": lambda m: m.set_model_attn1_output_patch(lambda out, extra: out),
     "patch of blocks": lambda m: m.set_model_patch(lambda args: args, "double_block"),
     "patch of input blocks": lambda m: m.set_model_input_block_patch(lambda h, options: h),
-    "compiled": lambda m: m.add_wrapper_with_key(
-        WrappersMP.APPLY_MODEL, "torch.compile", lambda f, *a, **k: f(*a, **k)
-    ),
 }
 
 
@@ -104,6 +102,20 @@ def test_first_block_has_nothing_before_it():
     guided, calls = counted(node(model, blocks="input 3, middle"))
     evaluate(guided, **conds_for("sd15"))
     assert calls == BATCHED
+
+
+def test_compiled_networks_are_left_alone():
+    model, found = build(), []
+
+    def slot(args):
+        found.append(find_prefix(args, [("middle_block", 0)]))
+        return [args["input"]] * 2
+
+    model.set_model_sampler_calc_cond_batch_function(slot)
+    evaluate(model)
+    set_torch_compile_wrapper(model, backend="eager")
+    evaluate(model)
+    assert [prefix is None for prefix in found] == [False, True]
 
 
 def test_conds_that_change_weights():
