@@ -17,7 +17,7 @@ import torch
 from comfy.ldm.chroma.model import ChromaParams
 from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
 
-from tidetable.tests.host.guidance_models import normal
+from tidetable.tests.host.guidance_models import SCALE, evaluate, normal
 from tidetable.tests.host.model_zoo import ZOO
 
 
@@ -46,7 +46,6 @@ class Case:
     """Network -> taps of the places in `auto`."""
     options: dict = field(default_factory=dict)
     """Further conditioning."""
-    context: int = 32
     module: str = ""
     """The module of ComfyUI that must exist."""
 
@@ -325,7 +324,7 @@ CASES = {
 }
 
 
-def _there(case: Case) -> bool:
+def is_there(case: Case) -> bool:
     if case.module:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(case.module)
@@ -335,15 +334,15 @@ def _there(case: Case) -> bool:
 
 
 CASE_PARAMETERS = [
-    pytest.param(name, marks=pytest.mark.skipif(not _there(case), reason=f"this ComfyUI has no {case.config}"))
+    pytest.param(name, marks=pytest.mark.skipif(not is_there(case), reason=f"this ComfyUI has no {case.config}"))
     for name, case in CASES.items()
 ]
 
 
-def build_case(name: str) -> comfy.model_patcher.ModelPatcher:
+def build_case(name: str, **network: Any) -> comfy.model_patcher.ModelPatcher:
     """A MODEL of the family with random weights of unit gain, so that every layer has an effect on the output."""
     case = CASES[name]
-    config = getattr(comfy.supported_models, case.config)(dict(case.network))
+    config = getattr(comfy.supported_models, case.config)({**case.network, **network})
     config.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
     model = config.get_model({}, "", device=cpu)
@@ -355,27 +354,39 @@ def build_case(name: str) -> comfy.model_patcher.ModelPatcher:
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-def prompt_for(name: str, seed: int, tokens: int = TEXT) -> list:
-    case = CASES[name]
+def prompt_for(name: str, seed: int, tokens: int = TEXT, **options: Any) -> list:
     pooled = normal(1, 32, seed=seed + 100)
-    return [[normal(1, tokens, case.context, seed=seed), {"pooled_output": pooled, **case.options}]]
+    return [[normal(1, tokens, 32, seed=seed), {"pooled_output": pooled, **CASES[name].options, **options}]]
 
 
-def conds_for(name: str) -> dict:
-    return {"positive": prompt_for(name, 1), "negative": prompt_for(name, 2), "shape": CASES[name].latent}
+def conds_for(name: str, **options: Any) -> dict:
+    positive, negative = (prompt_for(name, seed, **options) for seed in (1, 2))
+    return {"positive": positive, "negative": negative, "shape": CASES[name].latent}
+
+
+def expected_for(name: str, model: Any, guided: torch.Tensor, tokens: slice | None = None, **conds: Any):
+    """guided + SCALE · (cond − perturbed), both from plain evaluations of cond alone, weakened by hand."""
+    cond = evaluate(model, cfg=1.0, **conds)
+    with values_for(name, model, tokens):
+        perturbed = evaluate(model, cfg=1.0, **conds)
+    assert (cond - perturbed).abs().mean() > 1e-3 * cond.abs().mean()  # otherwise nothing would be tested
+    return guided + SCALE * (cond - perturbed)
 
 
 @contextlib.contextmanager
-def values_for(name: str, model: Any):
-    """Every row weakened without the node: the layer after attention is handed v for the picture, by hooks."""
+def values_for(name: str, model: Any, tokens: slice | None = None):
+    """Every row weakened without the node: the layer after attention is handed v for the picture, by hooks.
+
+    `tokens` are the picture's where they are not the usual ones.
+    """
     handles = []
     for tap in CASES[name].taps(model.model.diffusion_model):
         kept = {}
 
-        def give(_, args, tap=tap, kept=kept):
+        def give(_, args, tap=tap, kept=kept, picture=tokens or tap.tokens):
             x = args[0].clone()
             v = tap.read(kept["v"]) * tap.gate()
-            x[:, tap.tokens, : v.shape[-1]] = v[:, tap.tokens]
+            x[:, picture, : v.shape[-1]] = v[:, picture]
             return (x, *args[1:])
 
         handles.append(tap.source.register_forward_hook(lambda _, __, out, kept=kept: kept.update(v=out)))
