@@ -25,7 +25,7 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..samplers.guidance.combine import RESCALE_MODES, RescaleMode, relative_difference, rescaled_guidance
+from ..samplers.guidance.combine import RESCALE_MODES, RescaleMode, relative_difference, rescaled_perturbed_guidance
 from ..samplers.guidance.interval import Interval, decayed, step_of
 from ..samplers.guidance.perturb import METHODS, Method
 from ..schedules.validate import require_choice
@@ -175,7 +175,7 @@ def add_perturbed_guidance(args: dict) -> Tensor:
     for term in terms:
         worse = perturbed[term.perturbation]
         scale = term.scale * _weight(term, args)
-        denoised = rescaled_guidance(denoised, cond, worse, scale, term.rescale, term.rescale_mode)
+        denoised = rescaled_perturbed_guidance(denoised, cond, worse, scale, term.rescale, term.rescale_mode)
         if term.stop_below > 0.0 and relative_difference(cond, worse) < term.stop_below:
             run.setdefault("stopped", set()).add(term)
     return denoised

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tidetable.runtime.blocks import block_lists, find_target
-from tidetable.tests.host.guidance_families import CASE_PARAMETERS, CASES, build_case, conds_for, expected_for
+from tidetable.tests.host.guidance_cases import CASES
+from tidetable.tests.host.guidance_families import CASE_PARAMETERS, build_case, conds_for, expected_for
 from tidetable.tests.host.guidance_models import assert_close, counted, evaluate, node, slot_taken
 
 

@@ -15,15 +15,8 @@ from comfy_extras import nodes_sag, nodes_slg
 
 from tidetable.runtime.blocks import find_target
 from tidetable.tests.host.comparing import fingerprint
-from tidetable.tests.host.guidance_families import (
-    CASES,
-    VIDEO,
-    build_case,
-    conds_for,
-    expected_for,
-    is_there,
-    prompt_for,
-)
+from tidetable.tests.host.guidance_cases import CASES, VIDEO
+from tidetable.tests.host.guidance_families import build_case, conds_for, expected_for, is_there, prompt_for
 from tidetable.tests.host.guidance_models import SCALE, assert_close, counted, evaluate, node, normal, slot_taken
 from tidetable.tests.host.model_zoo import ZOO
 
