@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tidetable.runtime.blocks import find_target
 from tidetable.runtime.guidance import METHODS, perturbed_attention
 from tidetable.runtime.shared_prefix import is_wanted, prefix_of
-from tidetable.tests.host.guidance_families import CASE_PARAMETERS, CASES, build_case, conds_for
+from tidetable.tests.host.guidance_cases import CASES
+from tidetable.tests.host.guidance_families import CASE_PARAMETERS, build_case, conds_for
 from tidetable.tests.host.guidance_models import (
     FAMILIES,
     LATENT,
