@@ -184,15 +184,27 @@ def test_what_did_not_work_is_done_in_the_ordinary_way_and_not_tried_again():
     assert calls[::2] == [*SHARED, *BATCHED, *BATCHED]
 
 
-def test_rows_that_nobody_names_are_not_recorded():
-    """Packs with an evaluation of their own may not say which cond entries a forward consists of."""
-    network = Network(way_around=False).requires_grad_(False)
-    prefix, records = Prefix(tuple(network.blocks[:2]), network.blocks[2]), {}
-    params = {"input": torch.zeros(2, 3, 4, 4), "cond_or_uncond": [0], "c": {"transformer_options": {}}}
-    recording(lambda _, params: network(params["input"], None), prefix, records)(None, params)
-    assert records == {}
-    with pytest.raises(CannotShare):
-        resuming(lambda *_: pytest.fail("the network was entered"), prefix, records)(None, params)
+@pytest.mark.parametrize("forwards", [[], ["another"], ["this", "this"]])
+def test_rows_that_were_not_recorded_once(forwards):
+    """Packs with an evaluation of their own may not name the cond entries of a forward, or go through one in parts."""
+    network, records, resumed = Network(way_around=False).requires_grad_(False), {}, []
+    prefix = Prefix(tuple(network.blocks[:2]), network.blocks[2])
+
+    def params(name):
+        options = {"transformer_options": {"uuids": [name]} if name else {}}
+        return {"input": torch.zeros(2, 3, 4, 4), "cond_or_uncond": [0], "c": options}
+
+    def apply(apply_model, params):
+        return network(params["input"], None)
+
+    for name in ["", *forwards]:
+        recording(apply, prefix, records)(None, params(name))
+    for name in ["", "this"]:
+        with pytest.raises(CannotShare):
+            resumed.append(resuming(apply, prefix, records)(None, params(name)))
+    recording(apply, prefix, records)(None, params("new"))
+    assert torch.equal(resuming(apply, prefix, records)(None, params("new")), apply(None, params("new")))
+    assert not resumed
 
 
 # ── what it leaves behind ───────────────────────────────────────────────────────────────────────────────────────────
