@@ -70,9 +70,10 @@ def describe_blocks(network: nn.Module) -> str:
     places = perturbable_places(network)
     if places:
         return written(places)
-    lists = {name: child for name, child in network.named_children() if isinstance(child, nn.ModuleList) and len(child)}
     if _is_unet(network):
         return "a U-Net without self-attention"
+    kinds = (nn.ModuleList, nn.ModuleDict)
+    lists = {name: list(c.children()) for name, c in network.named_children() if isinstance(c, kinds) and len(c)}
     return ", ".join(f"{name}: {len(b)} x {type(b[0]).__name__}" for name, b in lists.items()) or "no lists of blocks"
 
 
