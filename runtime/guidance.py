@@ -9,8 +9,8 @@ Two functions without state sit on the cloned patcher; what they need and hand o
 For the length of one evaluation a `model_function_wrapper` weakens the network for the copies' rows alone
 (attention_targets.py) and checks afterwards that the network went through it.
 
-The first slot holds one function. Where another pack has it, in guiders that do not ask it, and where another pack's
-`model_function_wrapper` may rearrange the batch, the second function evaluates the perturbed predictions by itself.
+The first slot holds one function. Where another pack has it, in guiders that do not ask it, and where another pack may
+rearrange the batch or mix its rows, the second function evaluates the perturbed predictions by itself.
 """
 
 import contextlib
@@ -264,10 +264,12 @@ def _evaluate_by_itself(args: dict, perturbations: list[Perturbation]) -> dict[P
 
 
 def _must_be_apart(cond: list[dict], model_options: dict) -> bool:
-    """Whether another pack may rearrange the rows of a batch, or the network takes one row at a time."""
+    """Whether another pack may rearrange or mix the rows of a batch, or the network takes one row at a time."""
     # HunyuanVideo writes into the expanded positions of its reference picture.
     one_row = any("ref_latent" in entry["model_conds"] for entry in cond)
-    return one_row or "model_function_wrapper" in model_options
+    # ComfyUI's NAG takes the first chunk of cond rows for the only one.
+    mixes = bool(model_options["transformer_options"].get("patches", {}).get("attn1_output_patch"))
+    return one_row or mixes or "model_function_wrapper" in model_options
 
 
 def _apply(apply_model: Callable, params: dict) -> Tensor:

@@ -133,6 +133,28 @@ def test_attn1_patches_of_another_pack_are_called(key):
     assert_close(evaluate(node(model)), expected)
 
 
+def test_patches_of_attention_that_mix_rows_see_cond_and_uncond_alone():
+    """ComfyUI's NAG (newer versions) steers the first cond chunk it finds away from the uncond chunk."""
+    model, seen = build(), []
+
+    def from_uncond(out, extra):
+        kinds = extra["cond_or_uncond"]
+        seen.append(tuple(kinds))
+        if 0 in kinds and 1 in kinds:
+            chunks = list(out.chunk(len(kinds)))
+            chunks[kinds.index(0)] = chunks[kinds.index(0)].lerp(chunks[kinds.index(1)], -1.0)
+            out = torch.cat(chunks)
+        return out
+
+    model.set_model_attn1_output_patch(from_uncond)
+    kept = []
+    for patched in (model.clone(), node(model)):
+        patched.set_model_sampler_pre_cfg_function(lambda args: kept.append(args["conds_out"]) or args["conds_out"])
+        evaluate(patched)
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+    assert set(seen) == {(1, 0), (0,)}
+
+
 def test_block_replacement_of_another_pack_is_called():
     model = build("mmdit")
 
