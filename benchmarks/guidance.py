@@ -1,0 +1,147 @@
+"""What guidance costs beside plain CFG: perturbed attention by ComfyUI's own node and by ours, on published shapes.
+
+`python3 dev.py bench guidance` yields for each case (sd15, sdxl, …) and arm
+
+- `flops_per_step`, `model_calls_per_step` and `peak_bytes` (tensors other than weights) of one guided evaluation at
+  full size, 1024 x 1024 pixels (SD1.5: 512), counted on shapes (counting.py) and the same on every machine;
+- `seconds_per_step`: the median over rounds in which the arms take turns, on the size that published.py calls `timed`;
+  with --device cuda at full size, and then `allocated_bytes` is what torch's allocator saw at most, weights left out;
+- all of these divided by those of arm `cfg`, which runs the conditional and the unconditional row alone.
+
+Arms: `cfg`; `core-pag`, ComfyUI's PerturbedAttentionGuidance (U-Nets only); `tidetable-plain`, our node with the
+perturbed row in the batch.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+from tidetable.benchmarks import counting, published
+from tidetable.benchmarks.published import PUBLISHED, Published, Shape
+from tidetable.nodes.guidance import PerturbedAttention
+
+
+CFG, SCALE = 5.0, 3.0
+UNITS = {"flops": "FLOP", "model_calls": "calls", "seconds": "s", "peak": "B", "allocated": "B"}
+
+
+def run(arguments: list[str]):
+    """Rows (case, arm, metric, value, unit)."""
+    parser = argparse.ArgumentParser(prog="bench guidance")
+    parser.add_argument("--cases", nargs="+", choices=tuple(PUBLISHED), default=tuple(PUBLISHED))
+    parser.add_argument("--device", default="cpu", help="cuda: everything at full size on the GPU")
+    parser.add_argument("--rounds", type=int, default=5, help="timed evaluations per arm; 0 counts only")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    for name in options.cases:
+        model = PUBLISHED[name]
+        results = counted(model, device)
+        if options.rounds:
+            shape = model.timed if device.type == "cpu" else model.full
+            for arm, measured in timed(model, shape, device, options.rounds).items():
+                results[arm].update(measured)
+        yield from rows(name, results)
+
+
+def rows(case: str, results: dict[str, dict[str, float]]):
+    for arm, metrics in results.items():
+        for metric, value in metrics.items():
+            yield case, arm, metric, value, UNITS[metric.split("_per_")[0].removesuffix("_bytes")]
+    for arm, metrics in results.items():
+        if arm != "cfg":
+            for metric, value in metrics.items():
+                yield case, f"{arm} / cfg", metric, value / results["cfg"][metric], "x"
+
+
+def arms(model: Published, patcher: ModelPatcher) -> dict[str, ModelPatcher]:
+    """The MODEL of each arm; all are clones that share their weights."""
+    made = {"cfg": patcher, "tidetable-plain": tidetable(patcher)}
+    if model.unet:
+        made["core-pag"] = PerturbedAttentionGuidance.execute(patcher, SCALE).args[0]
+    return made
+
+
+def tidetable(patcher: ModelPatcher, **settings) -> ModelPatcher:
+    """Our node with the defaults that its schema declares, other than `settings`."""
+    inputs = [given for given in PerturbedAttention.define_schema().inputs if given.id != "model"]
+    return PerturbedAttention.execute(patcher, **{given.id: given.default for given in inputs} | settings).args[0]
+
+
+def counted(model: Published, device: torch.device) -> dict[str, dict[str, float]]:
+    """arm -> metric -> value, of one evaluation at full size."""
+    patcher, results = published.build(model, model.full, device), {}
+    for arm, made in arms(model, patcher).items():
+        cost = counting.count(made.model.diffusion_model, evaluation(model, model.full, made, []))
+        results[arm] = {
+            "flops_per_step": cost.flops,
+            "model_calls_per_step": cost.calls,
+            "peak_bytes": cost.peak_bytes,
+        }
+    return results
+
+
+def timed(model: Published, shape: Shape, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+    """arm -> metric -> value: medians, after one evaluation each that does not count."""
+    patcher = published.build(model, shape, device)
+    seconds, allocated = {}, {}
+    evaluations = {}
+    for arm, made in arms(model, patcher).items():
+        seconds[arm] = []
+        evaluations[arm] = evaluation(model, shape, made, seconds[arm])
+    for _ in range(rounds + 1):
+        for arm, evaluate in evaluations.items():
+            allocated[arm] = allocated_bytes(evaluate, device)
+    measured = {arm: {"seconds_per_step": statistics.median(taken[1:])} for arm, taken in seconds.items()}
+    if device.type == "cuda":
+        for arm, peak in allocated.items():
+            measured[arm]["allocated_bytes"] = peak
+    return measured
+
+
+def allocated_bytes(evaluate: Callable[[], object], device: torch.device) -> int:
+    """What the GPU's allocator held at most while `evaluate` ran, beyond what it held before; 0 on a CPU."""
+    if device.type != "cuda":
+        evaluate()
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    evaluate()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def evaluation(model: Published, shape: Shape, patcher: ModelPatcher, seconds: list[float]) -> Callable[[], object]:
+    """A function that runs ComfyUI's CFGGuider for one evaluation and appends the seconds which that took."""
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.set_conds(*(published.make_prompt(model, shape, seed) for seed in (1, 2)))
+    guider.set_cfg(CFG)
+    sigma = patcher.get_model_object("model_sampling").percent_to_sigma(0.4)
+    latent, device = published.make_latent(model, shape), patcher.load_device
+
+    def sample(denoise, x, sigmas, extra_args, **_):
+        synchronize(device)
+        started = time.perf_counter()
+        denoised = denoise(x, sigmas[0].expand(len(x)), **extra_args)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+        return denoised
+
+    sampler, sigmas = comfy.samplers.KSAMPLER(sample), torch.tensor([float(sigma), 0.0])
+
+    def evaluate():
+        with torch.no_grad():
+            return guider.sample(latent, torch.zeros_like(latent), sampler, sigmas, seed=0, disable_pbar=True)
+
+    return evaluate
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,86 @@
+"""benchmarks/guidance.py: what it counts, against a computation by hand and against real tensors."""
+
+import comfy.ldm.modules.attention as comfy_attention
+import comfy.ops
+import pytest
+import torch
+
+from tidetable.benchmarks import guidance, published
+from tidetable.benchmarks.counting import LiveBytes, count, flop_counter
+from tidetable.benchmarks.published import Published, Shape
+from tidetable.tests.host.model_zoo import ZOO
+
+
+UNET = {**ZOO["sdxl"][1], "in_channels": 4, "num_head_channels": 32, "adm_in_channels": 2816}
+SMALL = Published("SDXL", UNET, (4,), 32, 1280, full=Shape(16, 7), timed=Shape(8, 7))
+BACKENDS = ("attention_basic", "attention_split", "attention_sub_quad", "attention_pytorch")
+
+
+@pytest.fixture
+def small():
+    return published.build(SMALL, SMALL.full, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_flops_of_one_attention_layer_whatever_computes_it(backend):
+    rows, queries, keys, width, context, heads = 2, 40, 7, 64, 32, 4
+    layer = comfy_attention.CrossAttention(
+        width, context, heads, width // heads, operations=comfy.ops.disable_weight_init
+    )
+    options = {"optimized_attention_override": lambda _, *a, **k: getattr(comfy_attention, backend)(*a, **k)}
+    x, text = torch.randn(rows, queries, width), torch.randn(rows, keys, context)
+    to_q = to_out = rows * queries * width * width
+    to_k = to_v = rows * keys * context * width
+    scores = values = rows * queries * keys * width  # heads · width of a head = width
+    expected = 2 * (to_q + to_k + to_v + scores + values + to_out)
+    with torch.no_grad(), flop_counter() as counter:
+        layer(x, text, transformer_options=options)
+    assert counter.get_total_flops() == expected
+    assert count(layer, lambda: layer(x, context=text, transformer_options=options)).flops == expected
+
+
+def test_shapes_alone_give_the_counts_of_real_tensors(small):
+    for arm, model in guidance.arms(SMALL, small).items():
+        evaluate = guidance.evaluation(SMALL, SMALL.full, model, [])
+        calls = []
+        handle = model.model.diffusion_model.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
+        with torch.no_grad(), flop_counter() as counter, LiveBytes() as live:
+            evaluate()
+        handle.remove()
+        cost = count(model.model.diffusion_model, evaluate)
+        assert (cost.flops, cost.calls) == (counter.get_total_flops(), len(calls)), arm
+        assert cost.peak_bytes == pytest.approx(live.peak, rel=0.05), arm
+
+
+def test_a_row_more_costs_half_of_two_rows_and_core_calls_twice(small):
+    costs = guidance.counted(SMALL, torch.device("cpu"))
+    plain, core = (
+        costs[arm]["flops_per_step"] / costs["cfg"]["flops_per_step"] for arm in ("tidetable-plain", "core-pag")
+    )
+    assert plain == 1.5 and 1.45 < core < 1.5  # core leaves out the attention whose result it replaces
+    calls = {arm: cost["model_calls_per_step"] for arm, cost in costs.items()}
+    assert calls["cfg"] == calls["tidetable-plain"] == 1 and calls["core-pag"] == 2
+
+
+def test_live_bytes_are_those_of_tensors_that_are_alive_together():
+    layer, x = torch.nn.Linear(100, 50), torch.randn(10, 100)
+    with torch.no_grad(), LiveBytes() as live:
+        for _ in range(3):
+            y = layer(x)  # 2000 bytes, gone when the next one is there
+            y.add_(1.0).view(50, 10)
+        assert (live.live, live.peak) == (2000, 4000)
+        del y
+        assert (live.live, live.peak) == (0, 4000)
+
+
+def test_counting_leaves_the_model_as_it_was_also_after_an_error(small):
+    network = small.model.diffusion_model
+    weights = {name: weight.clone() for name, weight in network.state_dict().items()}
+    x, t, text, pooled = torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, 7, 32), torch.zeros(1, 2816)
+    inputs = [tensor.bfloat16() for tensor in (x, t, text)]
+    assert count(network, lambda: network(*inputs, y=pooled.bfloat16())).calls == 1
+    with pytest.raises(RuntimeError):
+        count(network, lambda: network(*inputs, y=pooled[:, 1:].bfloat16()))
+    assert all(torch.equal(weight, weights[name]) for name, weight in network.state_dict().items())
+    assert not (network._forward_pre_hooks or network._forward_hooks or network._forward_hooks_always_called)
+    assert torch.zeros(1).add(1.0).item() == 1.0  # no mode is left behind
