@@ -1,17 +1,18 @@
 """What an evaluation costs at full size, counted on shapes alone: nothing of the network is computed or allocated.
 
-A sampler's own numbers stay real, so that nodes can ask for the noise level; from where a network begins to where it
-ends its tensors are FakeTensors. The counts do not depend on the machine.
+A sampler's own numbers stay real, so that nodes can ask for the noise level; inside `apply_model` tensors are
+FakeTensors, and what comes out of it is zeros. The counts do not depend on the machine.
 """
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -35,44 +36,36 @@ class Cost:
     peak_bytes: int
 
 
-def count(network: nn.Module, action: Callable[[], object]) -> Cost:
-    """The cost of `action`, which calls `network` any number of times with anything around it."""
-    with torch.no_grad(), shapes_only(network) as rows, LiveBytes() as live, flop_counter() as flops:
-        action()
-    return Cost(flops.get_total_flops(), len(rows), live.peak)
+def count(model: ModelPatcher, evaluate: Callable[[ModelPatcher], object]) -> Cost:
+    """The cost of `evaluate`, which gets a clone of the model and calls its network any number of times."""
+    on_shapes, calls = shapes_only(model)
+    with torch.no_grad(), LiveBytes() as live, flop_counter() as flops:
+        evaluate(on_shapes)
+    return Cost(flops.get_total_flops(), len(calls), live.peak)
 
 
 def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=FORMULAS)
 
 
-@contextlib.contextmanager
-def shapes_only(network: nn.Module) -> Iterator[list[int]]:
-    """Inside, `network` works on FakeTensors and answers with zeros; yields the rows of each call so far."""
+def shapes_only(model: ModelPatcher) -> tuple[ModelPatcher, list[int]]:
+    """A clone that computes shapes and answers with zeros, and a list that gets the number of rows at each call."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    rows = []
+    calls = []
 
     def convert(tensor: Tensor) -> Tensor:
-        return tensor if isinstance(tensor, FakeTensor) else fake.from_tensor(tensor)
+        return fake.from_tensor(tensor)
 
-    def before(module, args, kwargs):
-        rows.append(len(args[0]))
-        fake.__enter__()
-        return tree_map_only(Tensor, convert, (args, kwargs))
+    def apply(executor, x, t, c_concat, c_crossattn, control, transformer_options, **conds):
+        calls.append(len(x))
+        inputs, conds = tree_map_only(Tensor, convert, ((x, t, c_concat, c_crossattn, control), conds))
+        with fake:
+            output = executor(*inputs, transformer_options, **conds)
+        return torch.zeros(output.shape, dtype=output.dtype, device=x.device)
 
-    def after(module, args, output):
-        fake.__exit__(None, None, None)
-        return tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device), output)
-
-    handles = [
-        network.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-        network.register_forward_hook(after, prepend=True, always_call=True),
-    ]
-    try:
-        yield rows
-    finally:
-        for handle in handles:
-            handle.remove()
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tidetable_benchmark", apply)
+    return model, calls
 
 
 class LiveBytes(TorchDispatchMode):

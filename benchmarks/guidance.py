@@ -79,7 +79,7 @@ def counted(model: Published, device: torch.device) -> dict[str, dict[str, float
     """arm -> metric -> value, of one evaluation at full size."""
     patcher, results = published.build(model, model.full, device), {}
     for arm, made in arms(model, patcher).items():
-        cost = counting.count(made.model.diffusion_model, evaluation(model, model.full, made, []))
+        cost = counting.count(made, lambda clone: evaluation(model, model.full, clone, [])())
         results[arm] = {
             "flops_per_step": cost.flops,
             "model_calls_per_step": cost.calls,
