@@ -3,11 +3,10 @@
 The embedded flow model, ComfyUI's Euler sampler, the same prompts and noise in every row.
 """
 
-import comfy.sample
-import comfy.samplers
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from devtools.drawing import draw
 from tidetable.runtime import tiny
 from tidetable.runtime.model_sampling import patch_flow_shift
 from tidetable.runtime.schedules import make_schedule
@@ -23,25 +22,6 @@ PROMPTS = [
     "a bright green letter S on a white background",
 ]
 SIDE, LABEL, SEED = 96, 150, 11
-
-
-@torch.inference_mode()
-def draw(model, prompts: list[str], sigmas: torch.Tensor, cfg: float) -> torch.Tensor:
-    """One sample per prompt, [N, 3, 32, 32] in [0, 1]."""
-    clip = tiny.load_tiny_clip()
-    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for text in [*prompts, ""]]
-    positive = [[torch.cat([row[0] for row in encoded[:-1]]), {"pooled_output": pooled(encoded[:-1])}]]
-    latent = torch.zeros(len(prompts), 3, 32, 32)
-    noise = comfy.sample.prepare_noise(latent, SEED)
-    samples = comfy.sample.sample_custom(
-        model, noise, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, [encoded[-1]], latent,
-        disable_pbar=True, seed=SEED,
-    )  # fmt: skip
-    return ((samples + 1) / 2).clamp(0, 1)
-
-
-def pooled(encoded: list) -> torch.Tensor:
-    return torch.cat([row[1]["pooled_output"] for row in encoded])
 
 
 def save_rows(name: str, rows: dict[str, torch.Tensor]) -> None:
@@ -61,7 +41,7 @@ def main() -> None:
     shifted = {s: patch_flow_shift(flow, "shift", s, 0.0, 256, 256)[0] for s in (1.0, 3.0, 6.0)}
     save_rows(
         "Tidetable_FlowShift",
-        {f"shift {s:g}": draw(m, PROMPTS, make_schedule(m, "trailing", 6, 1.0), 4.0) for s, m in shifted.items()},
+        {f"shift {s:g}": draw(m, PROMPTS, make_schedule(m, "trailing", 6), 4.0, SEED) for s, m in shifted.items()},
     )
 
 

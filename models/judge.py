@@ -10,14 +10,14 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import comfy.sample
 import comfy.samplers
 import torch
 from PIL import Image
 
+from devtools.drawing import draw
 from devtools.judges import accuracy, glyph_judge
 from tidetable.runtime import tiny
-from tidetable.runtime.model_sampling import patch_flow_shift
+from tidetable.runtime.model_sampling import current_sampling, patch_flow_shift
 from tidetable.training.tiny_data import CHARACTERS, glyph_batch, render_glyph
 
 
@@ -31,7 +31,7 @@ class Settings:
     """Of the flow model: above 1, more of the steps are where shapes form."""
 
 
-STEPS, SEED, BATCH = 30, 4242, 60
+STEPS, SEED = 30, 4242
 SETTINGS = {
     "unet-eps": Settings(3.0, "sgm_uniform"),
     "unet-v": Settings(3.0, "sgm_uniform"),
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    judge, clip = glyph_judge(), tiny.load_tiny_clip()
+    judge = glyph_judge()
     captions = [
         glyph_batch(1, args.seed + 1000 * n + i, c)[1][0]
         for n in range(args.per_character)
@@ -62,9 +62,10 @@ def main() -> None:
         model, settings = tiny.load_tiny_model(name), SETTINGS[name]
         if settings.shift is not None:
             model = patch_flow_shift(model, "shift", settings.shift, 0.0, 256, 256)[0]
-        images = draw(model, clip, captions, settings, args.seed)
+        sigmas = comfy.samplers.calculate_sigmas(current_sampling(model), settings.scheduler, STEPS)
+        images = draw(model, captions, sigmas, settings.cfg, args.seed)
         dark, bright = (
-            draw(model, clip, [f"{text}, very {word}" for text in plain], settings, args.seed)
+            draw(model, [f"{text}, very {word}" for text in plain], sigmas, settings.cfg, args.seed)
             for word in ("dark", "bright")
         )
         rows[name] = {
@@ -87,25 +88,6 @@ def main() -> None:
 
 def brightness_of(glyphs, word: str) -> float:
     return float(sum(render_glyph(replace(glyph, brightness=word)).mean() for glyph in glyphs) / len(glyphs))
-
-
-@torch.inference_mode()
-def draw(model, clip, captions: list[str], settings: Settings, seed: int) -> torch.Tensor:
-    """One sample per caption, [N, 3, 32, 32] in [0, 1]."""
-    out = []
-    for start in range(0, len(captions), BATCH):
-        part = captions[start : start + BATCH]
-        encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for text in [*part, ""]]
-        cond = torch.cat([row[0] for row in encoded[:-1]])
-        pooled = torch.cat([row[1]["pooled_output"] for row in encoded[:-1]])
-        latent = torch.zeros(len(part), 3, 32, 32)
-        noise = comfy.sample.prepare_noise(latent, seed + start)
-        samples = comfy.sample.sample(
-            model, noise, STEPS, settings.cfg, "euler", settings.scheduler,
-            [[cond, {"pooled_output": pooled}]], [encoded[-1]], latent, disable_pbar=True, seed=seed,
-        )  # fmt: skip
-        out.append(((samples + 1) / 2).clamp(0, 1))
-    return torch.cat(out)
 
 
 def save_grid(images: torch.Tensor, path: Path, columns: int = 18) -> None:

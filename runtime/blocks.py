@@ -1,155 +1,144 @@
-"""Where in a ComfyUI network attention can be perturbed, and how to get there through ComfyUI's own patch points.
+"""Which blocks of a ComfyUI network are perturbed: a small grammar, defaults, and errors that list what there is."""
 
-A target is plain data, found once when the node runs. Its `perturb` returns a copy of one forward's transformer options
-in which the target's attentions go through `attend`. What other packs have put at the same place is called from inside.
-"""
-
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import re
 from typing import Any
 
-import comfy.ldm.modules.attention as comfy_attention
-from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from torch import Tensor, nn
+from torch import nn
 
-from ..samplers.guidance.perturb import Attention
-
-
-# attend(attention, q, k, v, tokens) -> output [B, N, C]; `tokens`: where in the sequence the picture is.
-Attend = Callable[[Attention, Tensor, Tensor, Tensor, slice], Tensor]
-
-
-@dataclass(frozen=True)
-class UNetMiddle:
-    """The self-attentions of a U-Net's middle block, by number of their transformer block (SD1.5 has 1, SDXL 10)."""
-
-    indices: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"self-attention of the U-Net's middle block (transformer blocks {_listed(self.indices)})"
-
-    @property
-    def num_attentions(self) -> int:
-        return len(self.indices)
-
-    def perturb(self, transformer_options: dict, attend: Attend) -> dict:
-        attn1 = transformer_options.get("patches_replace", {}).get("attn1", {})
-        keys = [("middle", 0, index) for index in self.indices]
-        functions = {key: _unet_attention(attn1.get(key, attn1.get(("middle", 0))), attend) for key in keys}
-        return _with_replaced(transformer_options, "attn1", functions)
+from .attention_families import FAMILIES, Family, family_of
+from .attention_targets import (
+    MIDDLE,
+    UNET_LISTS,
+    BlockTarget,
+    Place,
+    Target,
+    UNetTarget,
+    self_attention_numbers,
+    unet_block,
+    word_of,
+    written,
+)
 
 
-def _unet_attention(earlier: Callable | None, attend: Attend) -> Callable:
-    """A `patches_replace["attn1"]` function around `earlier` or, without one, around the model's own attention."""
+AUTO = "auto"
 
-    def replacement(q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if earlier is not None:
-                return earlier(q, k, v, extra_options)
-            heads, precision = extra_options["n_heads"], extra_options["attn_precision"]
-            return comfy_attention.optimized_attention(
-                q, k, v, heads, attn_precision=precision, transformer_options=extra_options
-            )
-
-        return attend(attention, q, k, v, slice(None))
-
-    return replacement
+_PART = re.compile(r"(?:([a-z][a-z_]*?)s?)?\s*(?:(\d+)(?:\s*-\s*(\d+))?)?")
 
 
-@dataclass(frozen=True)
-class JointBlock:
-    """A block of an SD3-type MMDiT: attention over text and picture, in SD3.5 medium another over the picture alone."""
-
-    index: int
-    num_attentions: int
-
-    def __str__(self) -> str:
-        return f"attention of joint block {self.index}"
-
-    def perturb(self, transformer_options: dict, attend: Attend) -> dict:
-        key = ("double_block", self.index)
-        earlier = transformer_options.get("patches_replace", {}).get("dit", {}).get(key)
-
-        def block(args: dict, extra: dict) -> dict:
-            options = _with_override(args["transformer_options"], args["img"].shape[1], attend)
-            args = {**args, "transformer_options": options}
-            return earlier(args, extra) if earlier is not None else extra["original_block"](args)
-
-        return _with_replaced(transformer_options, "dit", {key: block})
+def block_lists(network: nn.Module) -> tuple[str, ...]:
+    """The names of the network's lists of blocks in execution order; () where the network is not known."""
+    if _is_unet(network):
+        return UNET_LISTS
+    family = family_of(network)
+    return family.lists if family is not None else ()
 
 
-def _with_override(transformer_options: dict, num_picture_tokens: int, attend: Attend) -> dict:
-    """The options with an `optimized_attention_override` for one block, around the one that may be there already."""
-    earlier = transformer_options.get("optimized_attention_override")
+def find_target(network: nn.Module, blocks: str = AUTO) -> Target:
+    """The blocks of a model's `diffusion_model` that are perturbed.
 
-    def override(function: Callable, q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if earlier is not None:
-                return earlier(function, q, k, v, *args, **kwargs)
-            return function(q, k, v, *args, **kwargs)
-
-        # Text comes first. Counted from the end, one slice fits the attention over the picture alone as well.
-        return attend(attention, q, k, v, slice(q.shape[1] - num_picture_tokens, None))
-
-    return {**transformer_options, "optimized_attention_override": override}
-
-
-def _with_replaced(transformer_options: dict, kind: str, functions: dict) -> dict:
-    """A copy of the options with `functions` added to `patches_replace[kind]`."""
-    replaced = transformer_options.get("patches_replace", {})
-    return {**transformer_options, "patches_replace": {**replaced, kind: {**replaced.get(kind, {}), **functions}}}
-
-
-Target = UNetMiddle | JointBlock
-
-
-def find_target(network: nn.Module) -> Target:
-    """The attention of a model's `diffusion_model` that is perturbed: the middle of the network.
-
-    U-Net: all self-attentions of the middle block (Ahn et al. 2024, arXiv:2403.17377, and ComfyUI's own node). MMDiT:
-    joint block n // 2 of n; the diffusers example for SD3 has 13 of 24. ValueError, with the blocks there are, for
-    other networks.
+    `blocks` is AUTO, or parts like "middle", "input 4", "single 10-12" with commas between. AUTO is a published choice
+    or else the middle; of U-Nets all self-attentions of the middle block (Ahn et al. 2024, arXiv:2403.17377, and
+    ComfyUI's own node). ValueError, with the blocks there are, for other networks and for blocks that do not exist.
     """
-    blocks: Any = network  # torch types every attribute of a module as Tensor | Module
-    if isinstance(network, UNetModel):
-        indices = _self_attention_indices(blocks.middle_block)
-        if indices:
-            return UNetMiddle(indices)
-        problem = "this U-Net has no self-attention in its middle block, which is what gets perturbed"
-    elif isinstance(network, MMDiT):
-        index = len(blocks.joint_blocks) // 2
-        return JointBlock(index, 2 if blocks.joint_blocks[index].x_block.x_block_self_attn else 1)
-    else:
-        problem = f"{type(network).__name__} is not supported"
-    raise ValueError(
-        f"Perturbed attention: {problem}. Supported are U-Nets with attention in the middle block (SD1.5, SD2, SDXL) "
-        "and MMDiTs of the SD3 type (joint_blocks). Remove the node or set its scale to 0. "
-        f"Blocks of this model: {describe_blocks(network)}."
-    )
+    there = perturbable_places(network)
+    if not there:
+        names = ", ".join(["U-Nets", *dict.fromkeys(family.name for family in FAMILIES)])
+        raise ValueError(
+            f"Perturbed attention: {type(network).__name__} has no blocks that can be perturbed. Supported: {names}. "
+            f"Remove the node or set its scale to 0. Blocks of this model: {describe_blocks(network)}."
+        )
+    wanted = _parsed(blocks, there) if blocks.strip().lower() != AUTO else _automatic(network, there)
+    places = tuple(place for place in there if place in wanted)
+    if _is_unet(network):
+        return UNetTarget(places, tuple(self_attention_numbers(unet_block(network, place)) for place in places))
+    family: Any = family_of(network)
+    return BlockTarget(family, places, tuple(_num_attentions(network, place) for place in places))
 
 
-def _self_attention_indices(blocks: Any) -> tuple[int, ...]:
-    """Numbers of the transformer blocks with self-attention among the layers of one U-Net block (None: no block)."""
-    transformers = [layer for layer in blocks or () if isinstance(layer, comfy_attention.SpatialTransformer)]
-    blocks = [block for transformer in transformers for block in transformer.transformer_blocks]
-    return tuple(index for index, block in enumerate(blocks) if not block.disable_self_attn)
+def perturbable_places(network: Any) -> tuple[Place, ...]:
+    """All places with attention over the picture, in execution order; () where the network is not known."""
+    if _is_unet(network):
+        counts = (len(network.input_blocks), 1, len(network.output_blocks))
+        places = [(name, i) for name, count in zip(UNET_LISTS, counts, strict=True) for i in range(count)]
+        return tuple(place for place in places if self_attention_numbers(unet_block(network, place)))
+    family = family_of(network)
+    return tuple((name, i) for name in (family.lists if family else ()) for i in range(len(getattr(network, name))))
 
 
 def describe_blocks(network: nn.Module) -> str:
-    """The network's lists of blocks in one line, "joint_blocks: 24 x JointBlock"; of a U-Net, which have attention."""
+    """The blocks that can be perturbed, as one writes them: "input 4-5, middle, output 3"; else the lists there are."""
+    places = perturbable_places(network)
+    if places:
+        return written(places)
     lists = {name: child for name, child in network.named_children() if isinstance(child, nn.ModuleList) and len(child)}
-    if isinstance(network, UNetModel):
-        parts = [_describe_unet_blocks(name, lists[name]) for name in ("input_blocks", "output_blocks")]
-    else:
-        parts = [f"{name}: {len(blocks)} x {type(blocks[0]).__name__}" for name, blocks in lists.items()]
-    return ", ".join(parts) or "no lists of blocks"
+    if _is_unet(network):
+        return "a U-Net without self-attention"
+    return ", ".join(f"{name}: {len(b)} x {type(b[0]).__name__}" for name, b in lists.items()) or "no lists of blocks"
 
 
-def _describe_unet_blocks(name: str, blocks: nn.ModuleList) -> str:
-    with_attention = [i for i, block in enumerate(blocks) if _self_attention_indices(block)]
-    return f"{name}: {len(blocks)}, self-attention in {_listed(with_attention) or 'none'}"
+def _is_unet(network: nn.Module) -> bool:
+    return all(hasattr(network, name) for name in UNET_LISTS)
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(str(number) for number in numbers)
+def _num_attentions(network: Any, place: Place) -> int:
+    block = getattr(network, place[0])[place[1]]
+    # SD3.5 medium: a second attention over the picture alone.
+    return 2 if getattr(getattr(block, "x_block", None), "x_block_self_attn", False) else 1
+
+
+def _automatic(network: nn.Module, there: tuple[Place, ...]) -> set[Place]:
+    family: Family | None = family_of(network)
+    if family is not None:
+        size, place = family.published or (0, there[0])
+        return {place if len(there) == size else there[len(there) // 2]}
+    blocks: Any = network
+
+    def steps_from_the_middle(place: Place) -> int:
+        return {"input_blocks": len(blocks.input_blocks) - place[1], "output_blocks": 1 + place[1]}.get(place[0], 0)
+
+    return {min(reversed(there), key=steps_from_the_middle)}  # of two that are as near, the later one
+
+
+def _parsed(blocks: str, there: tuple[Place, ...]) -> set[Place]:
+    """The places that `blocks` names; ValueError for what is not understood or not there."""
+    names = list(dict.fromkeys(name for name, _ in there))
+    words = {word_of(name): name for name in names}
+    if len(names) == 1:
+        words |= dict.fromkeys(("block", "layer"), names[0])
+    wanted: set[Place] = set()
+    word = ""
+    for part in blocks.lower().split(","):
+        match = _PART.fullmatch(part.strip())
+        if not part.strip() or match is None:
+            raise _refused(blocks, f"{part.strip()!r} is not a name with a number or a range", there)
+        word = match[1] or word
+        wanted |= _places_of(word, match[2], match[3], words, there, blocks)
+    return wanted
+
+
+def _places_of(
+    word: str, first: str | None, last: str | None, words: dict, there: tuple[Place, ...], blocks: str
+) -> set[Place]:
+    if word == "middle" and first is None:
+        if there[0][0] not in UNET_LISTS:
+            return {there[len(there) // 2]}
+        if MIDDLE not in there:
+            raise _refused(blocks, "this U-Net has no self-attention in its middle", there)
+        return {MIDDLE}
+    if word not in words:
+        raise _refused(blocks, f"there is no {word!r}" if word else "a number needs a name before it", there)
+    places = [place for place in there if place[0] == words[word]]
+    if first is None:
+        return set(places)
+    numbers = range(int(first), int(last or first) + 1)
+    missing = [i for i in numbers if (words[word], i) not in places]
+    if missing or not numbers:
+        raise _refused(blocks, f"there is no {word} {missing[0] if missing else f'{first}-{last}'}", there)
+    return {(words[word], i) for i in numbers}
+
+
+def _refused(blocks: str, problem: str, there: tuple[Place, ...]) -> ValueError:
+    return ValueError(
+        f"Perturbed attention: blocks {blocks!r} cannot be perturbed, {problem}. This model has: {written(there)}. "
+        f'Write for example "{word_of(there[0][0])} {there[0][1]}", or "{AUTO}".'
+    )

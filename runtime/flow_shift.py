@@ -8,8 +8,8 @@ import comfy.model_sampling as host_sampling
 
 from ..schedules.families import FLOW_FAMILIES
 from ..schedules.family import GENERIC, Family
-from ..schedules.shift import shift_from_mu
 from ..schedules.shift_modes import ShiftChoice
+from .process import stored_shift
 
 
 FAMILY_CHOICES = ("auto", *FLOW_FAMILIES)
@@ -57,11 +57,6 @@ def latent_size(latent: dict, channels: int, family: Family) -> tuple[int, int, 
     return shape[-1] * scale, shape[-2] * scale, (frames - 1) * family.frames_per_latent + 1
 
 
-def shift_of(host: Any) -> float:
-    """The multiplicative shift that a flow schedule stores, as mu in FLUX-type objects."""
-    return shift_from_mu(float(host.shift)) if isinstance(host, host_sampling.ModelSamplingFlux) else float(host.shift)
-
-
 def how_chosen(choice: ShiftChoice, family: Family) -> str:
     """The words that say where a shift comes from."""
     if choice.mode in ("shift", "mu"):
@@ -79,12 +74,12 @@ def how_chosen(choice: ShiftChoice, family: Family) -> str:
 
 def upstream_notes(host: Any, original: Any, family: Family) -> Iterator[str]:
     """What a change of the shift replaces, what it keeps, and what an earlier node may have broken."""
-    before = shift_of(host)
+    before, own = stored_shift(host), stored_shift(original)
     if host is original:
         yield f"replaces α {before:.4f} of the checkpoint"
     else:
-        own = f" (the checkpoint has α {shift_of(original):.4f})" if hasattr(original, "shift") else ""
-        yield f"replaces α {before:.4f} that an earlier model-sampling node set{own}"
+        checkpoint = "" if own is None else f" (the checkpoint has α {own:.4f})"
+        yield f"replaces α {before:.4f} that an earlier model-sampling node set{checkpoint}"
     for name, usual in _DEFAULTS.items():
         if (value := getattr(host, name, usual)) != usual:
             yield f"keeps {name} {value:g}"

@@ -2,59 +2,109 @@
 
 Two functions without state sit on the cloned patcher; what they need and hand on lies in the model options of the run:
 
-- a stage of `sampler_calc_cond_batch_function` (cond_batch.py) evaluates cond, uncond and a second copy of cond in one
-  batch. The copy is the perturbed prediction.
-- `sampler_post_cfg_function` adds scale · (cond − perturbed).
+- a stage of `sampler_calc_cond_batch_function` (cond_batch.py) evaluates cond, uncond and further copies of cond in one
+  batch, one for each kind of perturbation that is due. The copies are the perturbed predictions.
+- `sampler_post_cfg_function` adds scale · (cond − perturbed) for every node.
 
-For the length of one evaluation a `model_function_wrapper` puts the perturbation into the transformer options, for the
-copy's rows alone, and checks afterwards that the network went through it.
+For the length of one evaluation a `model_function_wrapper` weakens the network for the copies' rows alone
+(attention_targets.py) and checks afterwards that the network went through it.
 
 The first slot holds one function. Where another pack has it, in guiders that do not ask it, and where another pack's
-`model_function_wrapper` may rearrange the batch, the second function evaluates the perturbed prediction by itself.
+`model_function_wrapper` may rearrange the batch, the second function evaluates the perturbed predictions by itself.
 """
 
+import contextlib
 import math
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import comfy.model_sampling
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..samplers.guidance.combine import perturbed_guidance
-from ..samplers.guidance.interval import Interval
-from ..samplers.guidance.perturb import Attention, flagged_rows, identity_attention
+from ..samplers.guidance.combine import RESCALE_MODES, RescaleMode, relative_difference, rescaled_guidance
+from ..samplers.guidance.interval import Interval, decayed, step_of
+from ..samplers.guidance.perturb import METHODS, Method
+from ..schedules.validate import require_choice
 from . import cond_batch
-from .blocks import Target, find_target
+from .attention_targets import Target, Weakening
+from .blocks import AUTO, find_target
 
 
 TERMS = "tidetable_perturbed_attention"  # in model_options: the terms that nodes have added, immutable
 MAX_SCALE = 100.0
+INFINITE_BLUR = -1.0
+# Where the log-SNR of flow models, infinite at both ends, is cut off for the decay: t from 0.001 to 0.999.
+FLOW_END = 1e-3
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What a perturbed prediction is. Terms with the same one share a row of the batch."""
+
+    target: Target
+    method: Method
+    blur_sigma: float
+    """In tokens, for "seg"; 0 for the others."""
+
+    @property
+    def name(self) -> str:
+        return f"{TERMS} {self.target} {self.method} {self.blur_sigma:g}"
 
 
 @dataclass(frozen=True)
 class PerturbedTerm:
-    """scale · (cond − perturbed), with `target` perturbed, during `interval`."""
+    """scale · (cond − perturbed), during `interval` at every `every_nth` step of it, until it hardly matters."""
 
     scale: float
     interval: Interval
-    target: Target
+    perturbation: Perturbation
+    every_nth: int
+    stop_below: float
+    rescale: float
+    rescale_mode: RescaleMode
+    decay: float
 
 
-def perturbed_attention(model: ModelPatcher, scale: float, start_percent: float, end_percent: float) -> ModelPatcher:
+def perturbed_attention(
+    model: ModelPatcher,
+    scale: float,
+    start_percent: float,
+    end_percent: float,
+    method: Method = "pag",
+    blocks: str = AUTO,
+    blur_sigma: float = INFINITE_BLUR,
+    every_nth: int = 1,
+    stop_below: float = 0.0,
+    rescale: float = 0.0,
+    rescale_mode: RescaleMode = "full",
+    decay: float = 0.0,
+) -> ModelPatcher:
     """A clone of `model` with perturbed-attention guidance; `scale` 0 to 100, 0 = off: nothing is installed.
 
-    Applied twice, the terms add up, and the perturbed prediction is still computed once. ValueError for bad numbers and
-    for models without an attention that could be perturbed.
+    Applied twice, the terms add up; a perturbed prediction that both ask for is computed once. ValueError for bad
+    numbers, for models without an attention that could be perturbed and for blocks that do not exist.
     """
-    if not (math.isfinite(scale) and 0.0 <= scale <= MAX_SCALE):
-        raise ValueError(f"scale must be between 0 (off) and {MAX_SCALE:g}, got {scale}; 3 is a good start")
+    _check("scale", scale, 0.0, MAX_SCALE, "0 is off, 3 a good start")
+    _check("every_nth", every_nth, 1, 1000, "1 is every step")
+    _check("stop_below", stop_below, 0.0, 1.0, "0 is off")
+    _check("rescale", rescale, 0.0, 1.0, "0 is off")
+    _check("decay", decay, 0.0, 100.0, "0 is constant strength")
+    require_choice("method", method, METHODS)
+    require_choice("rescale_mode", rescale_mode, RESCALE_MODES)
+    if blur_sigma != INFINITE_BLUR and not 0.0 < blur_sigma < math.inf:
+        raise ValueError(f"blur_sigma must be above 0 tokens, or {INFINITE_BLUR:g} for infinite, got {blur_sigma}")
     interval = Interval(start_percent, end_percent)
     patched = model.clone()
     if scale == 0.0:
         return patched
-    term = PerturbedTerm(scale, interval, find_target(patched.get_model_object("diffusion_model")))
+    blur = math.inf if blur_sigma == INFINITE_BLUR else blur_sigma
+    target = find_target(patched.get_model_object("diffusion_model"), blocks)
+    perturbation = Perturbation(target, method, blur if method == "seg" else 0.0)
+    term = PerturbedTerm(scale, interval, perturbation, every_nth, stop_below, rescale, rescale_mode, decay)
     terms = patched.model_options.get(TERMS, [])
     if not terms:
         patched.set_model_sampler_post_cfg_function(add_perturbed_guidance)
@@ -63,50 +113,116 @@ def perturbed_attention(model: ModelPatcher, scale: float, start_percent: float,
     return patched
 
 
+def _check(name: str, value: float, low: float, high: float, hint: str) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} must be between {low:g} and {high:g} ({hint}), got {value}")
+
+
 def predict_with_perturbed(args: dict) -> list[Tensor]:
-    """An `Evaluate` stage: [cond, uncond]; inside the interval with the perturbed one in the batch."""
+    """An `Evaluate` stage: [cond, uncond]; where guidance acts, with the perturbed ones in the batch."""
     conds, terms = args["conds"], _active_terms(args)
     if not terms or conds[0] is None or "model_function_wrapper" in args["model_options"]:
         return cond_batch.evaluate_plainly(args)
-    *predictions, perturbed = _evaluate(args, [*conds, _perturbed_copy(conds[0])], terms[0].target)
+    perturbations = _perturbations(terms)
+    predictions = _evaluate(args, conds, conds[0], perturbations)
+    perturbed = dict(zip(perturbations, predictions[len(conds) :], strict=True))
     cond_batch.run_state(args["model_options"])["prediction"] = (args["input"], perturbed)
-    return predictions
+    return predictions[: len(conds)]
 
 
 def add_perturbed_guidance(args: dict) -> Tensor:
-    """`sampler_post_cfg_function`: the result so far; inside the interval with the perturbed term added."""
+    """`sampler_post_cfg_function`: the result so far; where guidance acts, with the perturbed terms added."""
     terms = _active_terms(args)
+    denoised, cond = args["denoised"], args["cond_denoised"]
     if not terms:
-        return args["denoised"]
-    x, perturbed = cond_batch.run_state(args["model_options"]).pop("prediction", (None, None))
+        return denoised
+    run = cond_batch.run_state(args["model_options"])
+    x, perturbed = run.pop("prediction", (None, {}))
     if x is not args["input"]:
         if args["cond"] is None:
             raise RuntimeError(
                 "Perturbed attention: this guider leaves out the conditional prediction that would be perturbed. "
                 "Set its cfg to something else than 1, or use CFGGuider or KSampler."
             )
-        (perturbed,) = _evaluate(args, [_perturbed_copy(args["cond"])], terms[0].target)
-    return perturbed_guidance(args["denoised"], args["cond_denoised"], perturbed, sum(term.scale for term in terms))
+        perturbations = _perturbations(terms)
+        perturbed = dict(zip(perturbations, _evaluate(args, [], args["cond"], perturbations), strict=True))
+    for term in terms:
+        worse = perturbed[term.perturbation]
+        scale = term.scale * _weight(term, args)
+        denoised = rescaled_guidance(denoised, cond, worse, scale, term.rescale, term.rescale_mode)
+        if term.stop_below > 0.0 and relative_difference(cond, worse) < term.stop_below:
+            run.setdefault("stopped", set()).add(term)
+    return denoised
+
+
+# ── when ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _active_terms(args: dict) -> list[PerturbedTerm]:
+    stopped = cond_batch.run_state(args["model_options"]).get("stopped", ())
+    return [term for term in args["model_options"][TERMS] if term not in stopped and _is_due(term, args)]
+
+
+def _is_due(term: PerturbedTerm, args: dict) -> bool:
     # The map is read here and not in the node, so that a shift or a noise process set by a later node counts.
     percent_to_sigma = args["model"].model_sampling.percent_to_sigma
     sigma = float(args["sigma"][0])
-    return [term for term in args["model_options"][TERMS] if term.interval.contains(sigma, percent_to_sigma)]
+    if not term.interval.contains(sigma, percent_to_sigma) or _weight(term, args) == 0.0:
+        return False
+    if term.every_nth == 1:
+        return True
+    sigmas = args["model_options"]["transformer_options"].get("sample_sigmas")
+    if sigmas is None:
+        raise RuntimeError(
+            f"Perturbed attention: this sampler does not tell its schedule, which every_nth {term.every_nth} is "
+            "counted in. Set every_nth to 1."
+        )
+    schedule = [float(s) for s in sigmas]
+    guided = [i for i, s in enumerate(schedule[:-1]) if term.interval.contains(s, percent_to_sigma)]
+    step = step_of(sigma, schedule)
+    return (step - (guided[0] if guided else step)) % term.every_nth == 0
 
 
-def _perturbed_copy(cond: list[dict]) -> list[dict]:
+def _weight(term: PerturbedTerm, args: dict) -> float:
+    """The term's decay at this noise level, within [0, 1]."""
+    if term.decay == 0.0:
+        return 1.0
+    sampling = args["model"].model_sampling
+    ends = (
+        sampling.percent_to_sigma(term.interval.start_percent),
+        sampling.percent_to_sigma(term.interval.end_percent),
+    )
+    log_snr, first, last = (_log_snr(sampling, float(sigma)) for sigma in (args["sigma"][0], *ends))
+    return decayed(log_snr, first, last, term.decay)
+
+
+def _log_snr(model_sampling: Any, sigma: float) -> float:
+    """The log-SNR, ln(alpha²/sigma²), at ComfyUI's noise level; kept within the model's own range, so always finite."""
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        t = min(max(sigma, FLOW_END), 1.0 - FLOW_END)
+        return 2.0 * math.log((1.0 - t) / t)
+    return -2.0 * math.log(min(max(sigma, float(model_sampling.sigma_min)), float(model_sampling.sigma_max)))
+
+
+# ── what ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _perturbations(terms: list[PerturbedTerm]) -> list[Perturbation]:
+    return list(dict.fromkeys(term.perturbation for term in terms))
+
+
+def _perturbed_copy(cond: list[dict], perturbation: Perturbation) -> list[dict]:
     """Cond entries with ids of their own, the same at every step: other packs' caches know predictions by them."""
-    return [{**entry, "uuid": uuid.uuid5(entry["uuid"], TERMS)} for entry in cond]
+    return [{**entry, "uuid": uuid.uuid5(entry["uuid"], perturbation.name)} for entry in cond]
 
 
-def _evaluate(args: dict, conds: list, target: Target) -> list[Tensor]:
-    """Predictions [B, ...] for `conds`, in one batch where ComfyUI can, the last of them perturbed at `target`."""
+def _evaluate(args: dict, conds: list, cond: list[dict], perturbations: list[Perturbation]) -> list[Tensor]:
+    """Predictions [B, ...] for `conds` and for `cond` under each perturbation, in one batch where ComfyUI can."""
     options = args["model_options"]
-    run = cond_batch.run_state(options)
-    wrapper = _perturbing_wrapper(target, len(conds) - 1, options.get("model_function_wrapper", _apply), run)
-    options = {**options, "model_function_wrapper": wrapper}
+    numbers = {len(conds) + i: perturbation for i, perturbation in enumerate(perturbations)}
+    inner, run = options.get("model_function_wrapper", _apply), cond_batch.run_state(options)
+    options = {**options, "model_function_wrapper": _perturbing_wrapper(args["model"], numbers, inner, run)}
+    conds = [*conds, *(_perturbed_copy(cond, perturbation) for perturbation in perturbations)]
     return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
 
 
@@ -114,45 +230,54 @@ def _apply(apply_model: Callable, params: dict) -> Tensor:
     return apply_model(params["input"], params["timestep"], **params["c"])
 
 
-def _perturbing_wrapper(target: Target, number: int, inner: Callable, run: dict) -> Callable:
-    """A `model_function_wrapper` around `inner` that perturbs the rows of cond list `number`."""
+def _perturbing_wrapper(model: Any, numbers: dict[int, Perturbation], inner: Callable, run: dict) -> Callable:
+    """A `model_function_wrapper` around `inner` that perturbs the rows of the cond lists in `numbers`."""
 
     def wrapper(apply_model: Callable, params: dict) -> Tensor:
-        flags = [entry == number for entry in params["cond_or_uncond"]]
-        if not any(flags):
-            return inner(apply_model, params)
-        hits = 0
+        kinds = params["cond_or_uncond"]
+        sigma = float(params["timestep"][0])
+        weakenings = {
+            perturbation: Weakening(perturbation.method, perturbation.blur_sigma, [k == number for k in kinds], sigma)
+            for number, perturbation in numbers.items()
+            if number in kinds
+        }
+        network = getattr(apply_model, "__self__", model).diffusion_model
 
-        def attend(attention: Attention, q: Tensor, k: Tensor, v: Tensor, tokens: slice) -> Tensor:
-            nonlocal hits
-            hits += 1
-            return identity_attention(attention, q, k, v, flagged_rows(len(q), flags), tokens)
+        def weakened_apply(x: Tensor, t: Tensor, **conds: Any) -> Tensor:
+            with contextlib.ExitStack() as stack:
+                for perturbation, weakening in weakenings.items():
+                    options = stack.enter_context(perturbation.target.weakened(network, x, conds, weakening))
+                    conds = {**conds, "transformer_options": options}
+                return apply_model(x, t, **conds)
 
-        output = inner(apply_model, _with_perturbation(params, target, attend, flags))
-        _verify(target, hits, run)
+        output = inner(weakened_apply, _as_cond_rows(params, numbers))
+        for perturbation, weakening in weakenings.items():
+            _verify(perturbation, weakening.hits, run)
         return output
 
     return wrapper
 
 
-def _with_perturbation(params: dict, target: Target, attend: Callable, flags: list[bool]) -> dict:
+def _as_cond_rows(params: dict, numbers: dict) -> dict:
     # Other patches know two kinds of rows, 0 (cond) and 1 (uncond), and index with them. Ours is a cond row to them.
-    kinds = [0 if flag else kind for flag, kind in zip(flags, params["cond_or_uncond"], strict=True)]
-    options = {**target.perturb(params["c"]["transformer_options"], attend), "cond_or_uncond": kinds}
+    kinds = [0 if kind in numbers else kind for kind in params["cond_or_uncond"]]
+    options = {**params["c"]["transformer_options"], "cond_or_uncond": kinds}
     return {**params, "c": {**params["c"], "transformer_options": options}, "cond_or_uncond": kinds}
 
 
-def _verify(target: Target, hits: int, run: dict) -> None:
-    """RuntimeError unless the network went through every perturbed attention.
+def _verify(perturbation: Perturbation, hits: int, run: dict) -> None:
+    """RuntimeError unless the network went through every perturbed place.
 
     After a forward that did, one that went through none is allowed: caches like EasyCache leave out the network at some
     steps and answer from what the same row gave before.
     """
-    if hits >= target.num_attentions:
-        run["verified"] = True
-    elif hits or not run.get("verified"):
+    target, needed = perturbation.target, perturbation.target.num_hits(perturbation.method)
+    verified = run.setdefault("verified", set())
+    if hits >= needed:
+        verified.add(perturbation)
+    elif hits or perturbation not in verified:
         raise RuntimeError(
             f"Perturbed attention was to act on the {target}, but the network went through {hits} of "
-            f"{target.num_attentions} there, so guidance would be wrong or without effect. Another node probably "
+            f"{needed} there, so guidance would be wrong or without effect. Another node probably "
             "replaces or skips these blocks: take that node out, or remove the perturbed-attention node."
         )

@@ -23,6 +23,7 @@ from .model_sampling import read_sampling
 from .plots import schedule_lines
 from .server import json_response, prompt_server
 from .shells import all_remembered, family_shell, remembered, shell_families, tiny_shell, unknown_flow_shell
+from .zero_terminal import wasted_steps
 
 
 logger = logging.getLogger(__name__)
@@ -31,13 +32,14 @@ PATH = "/tidetable/curve"
 MAX_BYTES, MAX_NODES, MAX_TEXT, MAX_ERROR = 64 * 1024, 64, 10_000, 500
 MAX_POINTS = 500
 
-FLOW_SHIFT, PLOT, TINY = "Tidetable_FlowShift", "Tidetable_PlotSchedules", "Tidetable_LoadTinyModel"
+FLOW_SHIFT, SCHEDULE = "Tidetable_FlowShift", "Tidetable_Schedule"
+PLOT, TINY = "Tidetable_PlotSchedules", "Tidetable_LoadTinyModel"
 EVALUATED = (
     FLOW_SHIFT,
     "Tidetable_ZeroTerminalSNR",
     "Tidetable_Prediction",
     "Tidetable_FlowGraft",
-    "Tidetable_Schedule",
+    SCHEDULE,
     "Tidetable_OfficialSchedule",
     "Tidetable_EditSchedule",
     "Tidetable_JoinSchedules",
@@ -130,7 +132,11 @@ class Question:
         outputs = self.run(self.target)
         if node_id == FLOW_SHIFT:
             return shift_curves(*outputs[:3])
-        return schedule_curves(outputs[0])
+        notes = []
+        if node_id == SCHEDULE:
+            model = self.value(self.target, self.entries(self.target)["model"], self.inputs(self.target).get("model"))
+            notes = [warning for warning in [wasted_steps(model, outputs[0])] if warning]
+        return {**schedule_curves(outputs[0]), "notes": notes}
 
     def plot(self) -> dict[str, Any]:
         """The curves of Plot Schedules; a schedule that cannot be computed is a note, not the end of the others."""

@@ -16,11 +16,11 @@ from ..schedules.families import family_named, family_of
 from ..schedules.family import Family
 from ..schedules.prediction import Prediction
 from ..schedules.process import VP, Flow, NoiseProcess
-from ..schedules.shift import FLUX_LINE, MuLine, mu_from_shift, shift_from_mu
+from ..schedules.shift import FLUX_LINE, MuLine, mu_from_shift
 from ..schedules.shift_modes import SHIFT_MODES as SHIFT_MODES
 from ..schedules.shift_modes import ShiftChoice, chosen_shift
 from .flow_shift import generic_family, how_chosen, latent_size, upstream_notes
-from .process import prediction_of
+from .process import prediction_of, stored_shift
 
 
 _FLOW_SCHEDULES = (host_sampling.ModelSamplingDiscreteFlow, host_sampling.ModelSamplingFlux)
@@ -63,10 +63,8 @@ def read_sampling(model: ModelPatcher) -> Sampling:
     """Read the patched model_sampling of a MODEL."""
     host = current_sampling(model)
     prediction = prediction_of(host)
-    if isinstance(host, host_sampling.ModelSamplingFlux):
-        return Sampling(host, prediction, Flow(), shift_from_mu(float(host.shift)), 1.0)
-    if isinstance(host, host_sampling.ModelSamplingDiscreteFlow):
-        return Sampling(host, prediction, Flow(), float(host.shift), float(host.multiplier))
+    if isinstance(host, _FLOW_SCHEDULES):
+        return Sampling(host, prediction, Flow(), stored_shift(host), float(getattr(host, "multiplier", 1.0)))
     return Sampling(host, prediction, VP.from_ratios(host.sigmas), None, None)
 
 

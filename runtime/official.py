@@ -5,6 +5,7 @@ import torch
 from ..schedules.families import FAMILIES, family_named
 from ..schedules.official import RESPACINGS, official_sigmas
 from ..schedules.validate import MAX_STEPS as MAX_STEPS
+from .schedules import to_sigmas
 
 
 SCHEDULED_FAMILIES = tuple(key for key, family in FAMILIES.items() if family.placement is not None)
@@ -23,4 +24,5 @@ def make_official_schedule(
 ) -> torch.Tensor:
     """SIGMAS of the family's published pipeline: float32 on the CPU, [steps + 1]. ValueError for bad numbers."""
     chosen = family_named(family)
-    return official_sigmas(chosen, steps, width, height, length, denoise, shift_once, respacing).float()
+    sigmas = official_sigmas(chosen, steps, width, height, length, denoise, shift_once, respacing)
+    return to_sigmas(sigmas, f"the schedule of {chosen.title}")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..schedules.prediction import PREDICTIONS, Prediction, convert_at, solve
 from ..schedules.shift import require_shift
+from ..schedules.validate import require_choice
 from ..schedules.ztsnr import PURE_NOISE_SNR
 from .model_sampling import (
     Sampling,
@@ -107,8 +108,7 @@ def _schedule_class(host: Any) -> type:
 
 def _require_reading(sampling: Sampling, prediction: str) -> type:
     """ComfyUI's or our prediction class; ValueError where the denoised latent would not follow from the output."""
-    if prediction not in PREDICTION_NAMES:
-        raise ValueError(f"unknown prediction {prediction[:40]!r}; use one of {', '.join(PREDICTION_NAMES)}")
+    require_choice("prediction", prediction, PREDICTION_NAMES)
     flow = sampling.shift is not None
     if prediction == "eps" and sampling.terminal_snr < PURE_NOISE_SNR:
         way_out = (
@@ -207,8 +207,7 @@ def _coefficients(process: str, sigma: float, model: ModelPatcher | None, x_t: T
         if model is None:
             raise ValueError("process is model, but no model is connected; connect one, or choose flow, vp or ve")
         process, scale = _model_process(model, sigma, x_t)
-    if process not in PROCESS_NAMES:
-        raise ValueError(f"unknown process {process[:40]!r}; use one of {', '.join(PROCESS_NAMES)}")
+    require_choice("process", process, PROCESS_NAMES)
     limit = 1.0 if process == "flow" else math.inf
     if not (math.isfinite(sigma) and 0.0 <= sigma <= limit):
         allowed = "0 to 1 for flow" if process == "flow" else f"0 or above for {process}"

@@ -1,12 +1,12 @@
 """Which noise process and which prediction a loaded model has: read from its `model_sampling`, never from its name."""
 
-import math
 from typing import Any
 
 import comfy.model_sampling as host
 
 from ..schedules.prediction import Prediction
 from ..schedules.process import VP, Flow, NoiseProcess
+from ..schedules.shift import shift_from_mu
 
 
 _PREDICTIONS: dict[str, Prediction | None] = {
@@ -47,9 +47,9 @@ def process_of(model_sampling: Any) -> NoiseProcess | None:
     return None
 
 
-def shift_of(model_sampling: Any) -> float:
-    """The multiplicative shift of a flow model (Flux-type objects store its logarithm), 1.0 for others."""
+def stored_shift(model_sampling: Any) -> float | None:
+    """The multiplicative shift of a flow schedule (Flux-type objects store its logarithm), None for others."""
     shift = getattr(model_sampling, "shift", None)
-    if shift is None or not isinstance(model_sampling, host.CONST):
-        return 1.0
-    return math.exp(float(shift)) if isinstance(model_sampling, host.ModelSamplingFlux) else float(shift)
+    if shift is None:
+        return None
+    return shift_from_mu(float(shift)) if isinstance(model_sampling, host.ModelSamplingFlux) else float(shift)

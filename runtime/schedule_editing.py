@@ -36,12 +36,7 @@ def edit_schedule(
     model: ModelPatcher | None = None,
 ) -> torch.Tensor:
     """SIGMAS after one of OPERATIONS. A model decides the process and limits the first level to what it knows."""
-    if (
-        operation == "flip"
-        and isinstance(sigmas, torch.Tensor)
-        and sigmas.ndim == 1
-        and bool((sigmas.diff() > 0).all())
-    ):
+    if operation == "flip" and _is_rising(sigmas):
         return to_sigmas(require_sigmas(sigmas.flip(0)), operation)
     sigmas = require_sigmas(sigmas)
     noise = _process(sigmas, process, model)
@@ -99,9 +94,14 @@ def schedule_from_text(text: str) -> torch.Tensor:
 
 def schedule_to_text(sigmas: torch.Tensor, layout: str) -> str:
     """SIGMAS as text that `schedule_from_text` reads back exactly. Rising lists are shown, too."""
-    if isinstance(sigmas, torch.Tensor) and sigmas.ndim == 1 and bool((sigmas.diff() > 0).all()) and len(sigmas) > 1:
+    if _is_rising(sigmas):
         return format_sigmas(require_sigmas(sigmas.flip(0)).flip(0), layout)
     return format_sigmas(require_sigmas(sigmas, strict=False), layout)
+
+
+def _is_rising(sigmas: Any) -> bool:
+    """Whether this is a list of two or more noise levels from data to noise, as FlipSigmas makes them."""
+    return isinstance(sigmas, torch.Tensor) and sigmas.ndim == 1 and len(sigmas) > 1 and bool((sigmas.diff() > 0).all())
 
 
 def _process(sigmas: torch.Tensor, process: str, model: ModelPatcher | None) -> NoiseProcess:

@@ -1,5 +1,7 @@
 """Schedules of a loaded MODEL: its noise levels as a grid, and SIGMAS made from them."""
 
+import logging
+
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -8,7 +10,10 @@ from ..schedules.spacing import DENOISE_AS as DENOISE_AS
 from ..schedules.spacing import SPACINGS, Axis, DenoiseAs, NoiseGrid, flow_grid, schedule, table_grid
 from ..schedules.validate import MAX_STEPS as MAX_STEPS
 from .model_sampling import read_sampling
+from .zero_terminal import wasted_steps
 
+
+logger = logging.getLogger(__name__)
 
 SPACING_NAMES = tuple(SPACINGS)
 
@@ -50,6 +55,8 @@ def make_schedule(
         center=laplace_center,
         scale=laplace_scale,
     )
+    if warning := wasted_steps(model, sigmas):
+        logger.warning("Schedule: %s: %s", spacing, warning)
     return to_sigmas(sigmas, spacing)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..schedules.prediction import Prediction
 from ..schedules.process import VP, NoiseProcess
 from ..training.data import Dataset
-from .process import prediction_of, process_of, shift_of
+from .process import prediction_of, process_of, stored_shift
 
 
 UNSUPPORTED_CONDITIONING = (
@@ -64,7 +64,7 @@ class ComfyDenoiser:
                 f"a model with this sampling ({classes}) cannot be trained here: "
                 "supported are eps, v and x0 models with a discrete schedule, and flow models without noise scaling"
             )
-        self.process, self.prediction, self.shift = process, prediction, shift_of(sampling)
+        self.process, self.prediction, self.shift = process, prediction, stored_shift(sampling) or 1.0
         network = type(self.real.diffusion_model).__name__
         self._in_place = network not in OUT_OF_PLACE_CLASSES
 

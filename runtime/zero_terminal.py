@@ -129,8 +129,31 @@ def _report(model: ModelPatcher, host: Any, before: Tensor, unguided_steps: int)
             f"prediction: eps, so an error of 0.001 at the first step is one of {0.001 * top:.3g} in the latent; a "
             "model trained with v prediction does not have this"
         )
-    plain = float(host_sampling.ModelSamplingDiscrete(model.model.model_config, zsnr=False).sigma_max)
+    plain = _plain_sigma_max(model)
     return "\n".join([*lines, *_schedulers(host, top, plain)])
+
+
+def _plain_sigma_max(model: ModelPatcher) -> float:
+    """The largest sigma of the model's betas without zero terminal SNR."""
+    return float(host_sampling.ModelSamplingDiscrete(model.model.model_config, zsnr=False).sigma_max)
+
+
+def wasted_steps(model: ModelPatcher, sigmas: Tensor) -> str | None:
+    """Words about a schedule that spends over a quarter of its steps where zero terminal SNR decides little, or None.
+
+    `sigmas` [steps + 1]. Two steps are not counted: pure noise needs one, and few steps have nothing to waste.
+    """
+    sampling = read_sampling(model)
+    if sampling.shift is not None or not has_discrete_table(sampling.host):
+        return None
+    plain, steps = _plain_sigma_max(model), len(sigmas) - 1
+    wasted = steps_above(sigmas, plain)
+    if wasted <= max(2, steps // 4):
+        return None
+    return (
+        f"{wasted} of {steps} steps start above sigma {plain:.4g}, where zero terminal SNR decides little but the "
+        "brightness; trailing wastes fewest, or give Zero Terminal SNR a sigma_cap"
+    )
 
 
 def _checkpoint(model: ModelPatcher) -> str:

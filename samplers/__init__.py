@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..schedules.validate import require_sigmas
+from ..schedules.validate import require_choice, require_sigmas
 from .ddim import ddim, ddpm
 from .dpm_solver import dpm_adaptive, dpm_fast
 from .euler import euler, heun, reverse_sde
@@ -62,8 +62,7 @@ def require_sampler(
     name: str, eta: float = 1.0, s_noise: float = 1.0, order: int = 0, churn: float = 0.0
 ) -> SamplerSpec:
     """The spec of `name` if it exists and the options are legal, else ValueError. `order` 0 is the usual one."""
-    if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name[:40]!r}; use one of {', '.join(SAMPLERS)}")
+    require_choice("sampler", name, tuple(SAMPLERS))
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must be 0 (no noise) to 1 (the full posterior noise), got {eta}")
     if not 0.0 <= s_noise <= 10.0:

@@ -7,6 +7,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from .process import Flow
 from .shift import require_shift, shift_t, unshift_t
 
 
@@ -33,10 +34,10 @@ class NoiseGrid:
 
     def log_snr(self, sigmas: Tensor) -> Tensor:
         """ln(signal power / noise power); −inf for a flow's pure noise."""
-        return -2.0 * (torch.logit(sigmas) if self.is_flow else torch.log(sigmas))
+        return Flow().log_snr(sigmas) if self.is_flow else -2.0 * torch.log(sigmas)
 
     def sigma_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(-0.5 * log_snr) if self.is_flow else torch.exp(-0.5 * log_snr)
+        return Flow().t_from_log_snr(log_snr) if self.is_flow else torch.exp(-0.5 * log_snr)
 
     @property
     def log_snr_range(self) -> tuple[float, float]:

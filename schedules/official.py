@@ -4,7 +4,6 @@ Place the steps in t, shift, stretch to the terminal, re-space between the ends,
 FlowMatchEulerDiscrete. tests/golden/make_diffusers_fixtures.py records what diffusers gives; the numbers are equal.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -14,12 +13,10 @@ from .edit import tail_for_denoise
 from .families import official_shift
 from .family import Family, Karras, Leading, LinearQuadratic, LogitNormal, Rows, ShiftedTwice, Trailing
 from .process import VP
+from .ramps import beta_quantiles, exponential_ramp, karras_ramp, trailing_t
 from .shift import shift_t, stretch_terminal
-from .validate import require_sigmas, require_steps
-
-
-def trailing_t(steps: int) -> Tensor:
-    return 1.0 - torch.arange(steps, dtype=torch.float64) / steps
+from .spacing import flow_grid, leading, linear_quadratic, table_grid
+from .validate import require_choice, require_denoise, require_sigmas, require_steps
 
 
 def shifted_twice(steps: int, shift: float) -> Tensor:
@@ -39,51 +36,23 @@ def logit_normal_sigmas(steps: int, mu: float, rule: LogitNormal) -> Tensor:
     return torch.sigmoid(logit.clamp(-0.5 * rule.log_snr_max, -0.5 * rule.log_snr_min))
 
 
-def linear_quadratic_sigmas(steps: int, threshold: float) -> Tensor:
-    """1 − x, where x = threshold·i/half for the first half of the steps, then the parabola that joins it smoothly to 1.
-
-    Movie Gen (Polyak et al. 2024, arXiv:2410.13720), as Mochi uses it. With one step there is nothing to place: [1].
-    """
-    half = steps // 2
-    if half == 0:
-        return torch.ones(1, dtype=torch.float64)
-    i = torch.arange(steps, dtype=torch.float64)
-    slope, after = threshold / half, i - half
-    rest = steps - half
-    curve = threshold + slope * after + (1.0 - threshold - slope * rest) * (after / rest) ** 2
-    return 1.0 - torch.where(i < half, slope * i, curve)
-
-
-def karras_sigmas(high: float, low: float, steps: int, rho: float = 7.0) -> Tensor:
-    """sigma^(1/rho) linear from `high` to `low` (Karras et al. 2022, arXiv:2206.00364, Eq. 5)."""
-    return torch.linspace(high ** (1.0 / rho), low ** (1.0 / rho), steps, dtype=torch.float64) ** rho
-
-
-def exponential_sigmas(high: float, low: float, steps: int) -> Tensor:
-    """ln sigma linear from `high` to `low`."""
-    return torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64).exp()
-
-
 def beta_sigmas(high: float, low: float, steps: int) -> Tensor:
     """Quantiles of Beta(0.6, 0.6) between `low` and `high` (Lee et al. 2024, arXiv:2407.12173)."""
-    from scipy.stats import beta
-
-    quantiles = beta.ppf(1.0 - torch.linspace(0.0, 1.0, steps, dtype=torch.float64).numpy(), 0.6, 0.6)
-    return low + torch.as_tensor(quantiles, dtype=torch.float64) * (high - low)
+    return low + beta_quantiles(1.0 - torch.linspace(0.0, 1.0, steps, dtype=torch.float64)) * (high - low)
 
 
 def leading_sigmas(steps: int) -> Tensor:
     """Rows (0 … steps − 1)·(1000 // steps) + 1 of Stable Diffusion's table, noisiest first, as SDXL's scheduler."""
     if steps > 999:
         raise ValueError(f"the table has 1000 rows, so at most 999 steps can lead; got {steps}. Use fewer steps")
-    rows = torch.arange(steps).flip(0) * (1000 // steps) + 1
-    return VP.from_betas().ratio(rows.double() / 999)
+    rows = torch.arange(1000, dtype=torch.float64) / 999
+    return leading(table_grid(VP.from_betas().ratio(rows)), steps)[:-1]
 
 
 RESPACINGS: dict[str, Callable[[float, float, int], Tensor] | None] = {
     "as published": None,
-    "karras": karras_sigmas,
-    "exponential": exponential_sigmas,
+    "karras": karras_ramp,
+    "exponential": exponential_ramp,
     "beta": beta_sigmas,
 }
 
@@ -100,9 +69,9 @@ def placed_sigmas(family: Family, shift: float, mu: float, steps: int, shift_onc
         case LogitNormal() as rule:
             return logit_normal_sigmas(steps, mu, rule)
         case LinearQuadratic(threshold):
-            return linear_quadratic_sigmas(steps, threshold)
+            return linear_quadratic(flow_grid(), steps, threshold)[:-1]
         case Karras(high, low):
-            return karras_sigmas(high, low, steps)
+            return karras_ramp(high, low, steps)
         case Leading():
             return leading_sigmas(steps)
     raise ValueError(
@@ -127,10 +96,8 @@ def official_sigmas(
     Raises ValueError for what is out of range, and where the family has no published schedule.
     """
     require_steps(steps)
-    if not 0.0 < denoise <= 1.0:
-        raise ValueError(f"denoise must be above 0 and at most 1, got {denoise}; 1 starts from pure noise")
-    if respacing not in RESPACINGS:
-        raise ValueError(f"unknown re-spacing {respacing[:40]!r}; use one of {', '.join(RESPACINGS)}")
+    require_denoise(denoise)
+    require_choice("re-spacing", respacing, tuple(RESPACINGS))
     total = require_steps(int(steps / denoise))
     shift, mu = (1.0, 0.0) if family.rule is None else official_shift(family, width, height, length, total)
     sigmas = placed_sigmas(family, shift, mu, total, shift_once)

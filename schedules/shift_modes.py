@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from .families import official_shift
 from .family import GENERIC, Family
 from .shift import FLUX_LINE, MuLine, log_area_mu, mu_from_image_tokens, mu_from_shift, require_shift, shift_from_mu
+from .validate import require_choice
 
 
 SHIFT_MODES = ("official", "shift", "mu", "line", "sqrt area", "log area")
@@ -37,6 +38,7 @@ class ShiftChoice:
 
 def chosen_shift(choice: ShiftChoice, family: Family = GENERIC) -> tuple[float, float]:
     """(shift, mu) of a choice, if a model can use it. ValueError for an unknown mode and for numbers out of range."""
+    require_choice("mode", choice.mode, SHIFT_MODES)
     shift, mu = _unchecked_shift(choice, family)
     if not 1.0 / MAX_SHIFT <= shift <= MAX_SHIFT:
         size = f"{choice.width}×{choice.height}, {choice.length} frame(s)"
@@ -65,10 +67,8 @@ def _unchecked_shift(choice: ShiftChoice, family: Family) -> tuple[float, float]
             mu = 0.5 * math.log(tokens / (_base(c) / family.pixels_per_token) ** 2)
         case "log area":
             mu = log_area_mu(c.width, c.height, _base(c) ** 2)
-        case "official":
-            return official_shift(family, c.width, c.height, c.length, c.steps)
         case _:
-            raise ValueError(f"unknown mode {c.mode[:40]!r}; use one of {', '.join(SHIFT_MODES)}")
+            return official_shift(family, c.width, c.height, c.length, c.steps)
     return shift_from_mu(mu), mu
 
 

@@ -19,8 +19,9 @@ from .edit import tail_for_denoise
 from .grid import NoiseGrid as NoiseGrid
 from .grid import flow_grid as flow_grid
 from .grid import table_grid as table_grid
+from .ramps import beta_quantiles, exponential_ramp, karras_ramp, trailing_t
 from .shift import stretch_terminal
-from .validate import require_steps
+from .validate import require_choice, require_denoise, require_steps
 
 
 Axis = Literal["native", "log_snr", "sigma", "t"]
@@ -47,7 +48,7 @@ AYS_LEVELS: dict[str, tuple[float, ...]] = {
 
 def trailing(grid: NoiseGrid, steps: int) -> Tensor:
     """Equal steps in t from 1: t = 1 − i/steps (Lin et al. 2023, arXiv:2305.08891, Table 2, not rounded to rows)."""
-    return _with_zero(grid.sigma_of_t(1.0 - torch.arange(steps, dtype=torch.float64) / steps))
+    return _with_zero(grid.sigma_of_t(trailing_t(steps)))
 
 
 def simple(grid: NoiseGrid, steps: int) -> Tensor:
@@ -98,11 +99,8 @@ def beta(grid: NoiseGrid, steps: int, a: float = 0.6, b: float = 0.6) -> Tensor:
     Rounded to rows as in ComfyUI's "beta" while the rows differ; where rounding would merge two steps the quantiles are
     used as they are, instead of dropping one.
     """
-    from scipy.stats import beta as beta_distribution
-
     last = len(grid.sigmas) - 1
-    quantiles = 1.0 - torch.arange(steps, dtype=torch.float64) / steps
-    positions = torch.as_tensor(beta_distribution.ppf(quantiles.numpy(), a, b), dtype=torch.float64) * last
+    positions = beta_quantiles(trailing_t(steps), a, b) * last
     rows = positions.round()
     if len(rows.unique()) == steps:
         return _with_zero(grid.sigmas[rows.long()])
@@ -122,15 +120,12 @@ def karras(grid: NoiseGrid, steps: int, rho: float = 7.0) -> Tensor:
 
     Made for eps and v models: on flow it ignores the shift and spends about half of the steps below sigma 0.1.
     """
-    high, low = grid.sigma_max ** (1.0 / rho), grid.sigma_min ** (1.0 / rho)
-    return _between_ends(grid, torch.linspace(high, low, steps, dtype=torch.float64) ** rho)
+    return _between_ends(grid, karras_ramp(grid.sigma_max, grid.sigma_min, steps, rho))
 
 
 def polyexponential(grid: NoiseGrid, steps: int, rho: float = 1.0) -> Tensor:
     """ln sigma a power of the step: `exponential` at rho 1, denser at low noise for larger ones (k-diffusion)."""
-    high, low = math.log(grid.sigma_max), math.log(grid.sigma_min)
-    ramp = torch.linspace(1.0, 0.0, steps, dtype=torch.float64) ** rho
-    return _between_ends(grid, (low + ramp * (high - low)).exp())
+    return _between_ends(grid, exponential_ramp(grid.sigma_max, grid.sigma_min, steps, rho))
 
 
 def exponential(grid: NoiseGrid, steps: int) -> Tensor:
@@ -286,17 +281,10 @@ def schedule(
 
 
 def _require_options(spacing: str, denoise: float, axis: str, denoise_as: str, terminal: float) -> None:
-    for name, value, choices in (
-        ("spacing", spacing, tuple(SPACINGS)),
-        ("axis", axis, AXES),
-        ("denoise_as", denoise_as, DENOISE_AS),
-    ):
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value[:40]!r}; use one of {', '.join(choices)}")
-    if not 0.0 < denoise <= 1.0:
-        raise ValueError(
-            f"denoise must be above 0 and at most 1, got {denoise}; 1 starts from pure noise, 0 would change nothing"
-        )
+    require_choice("spacing", spacing, tuple(SPACINGS))
+    require_choice("axis", axis, AXES)
+    require_choice("denoise_as", denoise_as, DENOISE_AS)
+    require_denoise(denoise)
     if not 0.0 <= terminal < 1.0:
         raise ValueError(f"terminal must be 0 (off) or a sigma between 0 and 1, got {terminal}; Qwen-Image has 0.02")
 

@@ -16,10 +16,19 @@ def require_steps(steps: int) -> int:
     return steps
 
 
+def require_denoise(denoise: float) -> float:
+    """`denoise` if it is above 0 and at most 1, else ValueError."""
+    if not 0.0 < denoise <= 1.0:
+        raise ValueError(
+            f"denoise must be above 0 and at most 1, got {denoise}; 1 starts from pure noise, 0 would change nothing"
+        )
+    return denoise
+
+
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value[:40]!r}")
+        raise ValueError(f"unknown {name} {value[:40]!r}; use one of {', '.join(choices)}")
 
 
 def require_sigmas(sigmas: Tensor, name: str = "sigmas", strict: bool = True) -> Tensor:

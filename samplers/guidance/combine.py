@@ -4,7 +4,14 @@ Every prediction is the model's estimate of the clean sample (`denoised`), shape
 eps, v, x0 and velocity models, since each of those outputs is an affine function of that estimate.
 """
 
+from typing import Literal, get_args
+
+import torch
 from torch import Tensor
+
+
+RescaleMode = Literal["full", "partial"]
+RESCALE_MODES: tuple[RescaleMode, ...] = get_args(RescaleMode)
 
 
 def perturbed_guidance(denoised: Tensor, cond: Tensor, perturbed: Tensor, scale: float) -> Tensor:
@@ -15,3 +22,28 @@ def perturbed_guidance(denoised: Tensor, cond: Tensor, perturbed: Tensor, scale:
     is off; the authors use 3 together with classifier-free guidance and 5 without.
     """
     return denoised + scale * (cond - perturbed)
+
+
+def rescaled_guidance(
+    denoised: Tensor, cond: Tensor, perturbed: Tensor, scale: float, rescale: float, mode: RescaleMode = "full"
+) -> Tensor:
+    """`perturbed_guidance` with its term made smaller or larger, so that the result keeps the spread of `cond`.
+
+    The term is multiplied by 1 − rescale + rescale · std(cond) / std(guided), stds over everything but the batch.
+    `guided` is the result with the whole term ("full") or `cond` with it ("partial"). `rescale` 0 is off, 1 the whole
+    correction. After Lin et al. 2023, arXiv:2305.08891, eq. 15 and 16, which scale the result; here classifier-free
+    guidance stays as it is, as in pamparamm's sd-perturbed-attention.
+    """
+    term = scale * (cond - perturbed)
+    if rescale == 0.0:
+        return denoised + term
+    guided = (denoised if mode == "full" else cond) + term
+    dims = tuple(range(1, cond.ndim))
+    spread = torch.std(guided, dims, keepdim=True).clamp_min(torch.finfo(guided.dtype).tiny)
+    ratio = torch.std(cond, dims, keepdim=True) / spread
+    return denoised + (1.0 - rescale + rescale * ratio) * term
+
+
+def relative_difference(cond: Tensor, perturbed: Tensor) -> float:
+    """|cond − perturbed| / |cond|, Euclidean norms over the whole batch: how much the perturbation still changes."""
+    return float(torch.linalg.vector_norm(cond - perturbed) / torch.linalg.vector_norm(cond))

@@ -1,7 +1,7 @@
-"""When guidance acts: a part of the denoising, told in ComfyUI's percent."""
+"""When guidance acts, and how strongly: a part of the denoising in ComfyUI's percent, every n-th step, a decay."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -30,3 +30,22 @@ class Interval:
     def contains(self, sigma: float, percent_to_sigma: Callable[[float], float]) -> bool:
         """Whether noise level `sigma` lies inside, given the model's (decreasing) map from percent to sigma."""
         return percent_to_sigma(self.end_percent) <= sigma <= percent_to_sigma(self.start_percent)
+
+
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+    """The step of a decreasing schedule `sigmas` that an evaluation at noise level `sigma` belongs to.
+
+    That is the last one that starts at `sigma` or above: samplers with several evaluations in a step make them between
+    its ends, and one at its lower end counts as the next step's. Above the whole schedule it is the first step.
+    """
+    starts = [start for start in sigmas[:-1] if start >= sigma * (1.0 - 1e-5)]
+    return max(len(starts) - 1, 0)
+
+
+def decayed(log_snr: float, first: float, last: float, decay: float) -> float:
+    """(1 − u)^decay, where u goes from 0 to 1 as `log_snr` goes from `first` to `last`, both finite; 1 for decay 0.
+
+    In log-SNR a decay means the same for every noise schedule and every timestep convention.
+    """
+    u = (log_snr - first) / (last - first)
+    return (1.0 - min(max(u, 0.0), 1.0)) ** decay

@@ -55,8 +55,8 @@ POSITIVE, NEGATIVE = prompt(1), prompt(2)
 LATENT = (2, 3, 16, 24)
 
 
-def node(model, scale=SCALE, start_percent=0.0, end_percent=1.0):
-    return PerturbedAttention.execute(model, scale, start_percent, end_percent).args[0]
+def node(model, scale=SCALE, start_percent=0.0, end_percent=1.0, **options):
+    return PerturbedAttention.execute(model, scale, start_percent, end_percent, **options).args[0]
 
 
 def core_pag(model, scale=SCALE):

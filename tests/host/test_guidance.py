@@ -162,19 +162,27 @@ def test_bad_values(values, message):
 @pytest.mark.parametrize(
     "network", [{"transformer_depth_middle": -1}, {"transformer_depth_middle": -2}, {"disable_middle_self_attn": True}]
 )
-def test_unet_without_self_attention_in_the_middle(network):
-    message = r"no self-attention in its middle block.*input_blocks: \d+, self-attention in \d"
-    with pytest.raises(ValueError, match=message):
-        node(build(**network))
+def test_unet_without_self_attention_in_the_middle_takes_the_nearest_block_that_has_it(network):
+    """Two levels with one ResBlock each: the first block after the middle has self-attention."""
+    model = build(**network)
+    assert torch.equal(sample(node(model)), sample(node(model, blocks="output 0")))
+    with pytest.raises(ValueError, match="no self-attention in its middle.*This model has: input"):
+        node(model, blocks="middle")
 
 
-def test_other_families_are_refused_with_their_blocks():
-    from comfy.ldm.aura.mmdit import MMDiT
+def test_unet_without_any_self_attention():
+    model = build(transformer_depth=[0] * 8, transformer_depth_output=[0] * 12, transformer_depth_middle=-1)
+    with pytest.raises(ValueError, match="has no blocks that can be perturbed.*U-Net without self-attention"):
+        node(model)
 
-    sizes = {"dim": 64, "n_layers": 5, "n_double_layers": 2, "n_heads": 2, "global_conddim": 64, "cond_seq_dim": 64}
+
+def test_other_networks_are_refused_with_their_blocks():
+    from comfy.ldm.pixart.pixartms import PixArtMS
+
+    network = PixArtMS(depth=2, hidden_size=32, num_heads=2, model_max_length=8, operations=comfy.ops.manual_cast)
     model = build()
-    model.add_object_patch("diffusion_model", MMDiT(**sizes, operations=comfy.ops.manual_cast))
-    with pytest.raises(ValueError, match=r"not supported.*SD3.*double_layers: 2 x \w+, single_layers: 3 x \w+"):
+    model.add_object_patch("diffusion_model", network)
+    with pytest.raises(ValueError, match=r"PixArtMS has no blocks.*Supported: U-Nets, SD3,.*blocks: 2 x PixArtMSBlock"):
         node(model)
     assert node(model, scale=0.0).model is model.model  # off is off for every model
 
@@ -190,12 +198,12 @@ def test_unet_hook_taken_away_by_another_pack(taken):
         return executor(*args, **kwargs)
 
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "strip", strip)
-    with pytest.raises(RuntimeError, match="middle block.*0 of 1.*Another node"):
+    with pytest.raises(RuntimeError, match="U-Net blocks middle, .*0 of 1.*Another node"):
         sample(slot_taken(node(model)) if taken else node(model))
 
 
 def test_mmdit_block_skipped_by_another_pack():
     model = build("mmdit")
     model.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 1)
-    with pytest.raises(RuntimeError, match="joint block 1.*0 of 1.*Another node"):
+    with pytest.raises(RuntimeError, match="SD3 blocks joint 1, .*0 of 1.*Another node"):
         sample(node(model))

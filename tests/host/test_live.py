@@ -161,6 +161,14 @@ def test_a_schedule_that_is_unknown_does_not_hide_the_others():
     assert "connect SIGMAS" in ask({"1": (PLOT, {})})["error"]
 
 
+def test_steps_wasted_above_the_plain_range_are_said_before_anything_runs():
+    graph = {"1": (SCHEDULE, {"spacing": "karras", "model": ["2", 0]}), "2": (TINY, {"name": "unet-v"})}
+    assert "13 of 20 steps start above sigma 14.61" in ask(graph)["notes"][0]
+    for spacing, name in (("trailing", "unet-v"), ("karras", "unet-eps"), ("karras", "mmdit-flow")):
+        graph["1"][1]["spacing"], graph["2"][1]["name"] = spacing, name
+        assert ask(graph)["notes"] == []
+
+
 def test_long_schedules_are_thinned_for_the_page_with_both_ends():
     (one,) = ask({"1": (SCHEDULE, {"steps": 10_000, "model": {"family": "flux"}})})["curves"]
     assert len(one["x"]) <= MAX_POINTS + 1 and (one["x"][0], one["x"][-1]) == (0, 10_000)

@@ -196,7 +196,7 @@ def test_other_bad_input_is_named(models):
     for bad, message in (
         (lambda: join(SIGMAS, None), "joining needs at least two schedules, got sigmas_1"),
         (lambda: join(SIGMAS, SIGMAS), "sigmas_2 starts at sigma 1, above 0 where sigmas_1 ends"),
-        (lambda: split(SIGMAS, "time"), "by must be one of step, sigma, percent, log_snr, got 'time'"),
+        (lambda: split(SIGMAS, "time"), "unknown by 'time'; use one of step, sigma, percent, log_snr"),
         (lambda: split(SIGMAS, "percent", percent=1.5), "percent must be 0 to 1, got 1.5"),
         (lambda: split(SIGMAS, "percent", percent=math.nan), "percent must be 0 to 1, got nan"),
         (lambda: split(SIGMAS, "percent", percent=0.0), "splitting at step 0 leaves one part of the 10"),
@@ -204,7 +204,7 @@ def test_other_bad_input_is_named(models):
             lambda: split(schedule(models["sdxl"]), "percent", percent=0.0, model=models["sdxl"]),
             "leaves one part empty",
         ),
-        (lambda: split(SIGMAS, "log_snr", process="ve"), "process must be one of auto, flow, vp, got 've'"),
+        (lambda: split(SIGMAS, "log_snr", process="ve"), "unknown process 've'; use one of auto, flow, vp"),
         (lambda: split(SIGMAS, "log_snr", log_snr=90.0), "leaves one part empty"),
         (lambda: split(SIGMAS, "percent", model="sd3"), "expected a diffusion MODEL, got str"),
         (

@@ -107,6 +107,19 @@ def test_what_is_wrong_with_comfyuis_ddim_uniform(models, name):
     assert float(ours[-2]) == pytest.approx(float(core[-2]), rel=1e-5)
 
 
+def test_steps_wasted_above_the_plain_range_are_logged(models, caplog):
+    for name, spacing, steps, words in (
+        ("sdxl-ztsnr", "karras", 20, "karras: 13 of 20 steps start above sigma 14.61"),
+        ("sdxl-ztsnr", "trailing", 20, ""),
+        ("sdxl-ztsnr", "trailing", 2, ""),
+        ("sdxl", "karras", 20, ""),
+        ("flux_schnell", "karras", 20, ""),
+    ):
+        caplog.clear()
+        schedule(models[name], spacing, steps)
+        assert words in caplog.text if words else not caplog.records
+
+
 @pytest.mark.parametrize(("spacing", "table"), [("ays_sd15", "SD1"), ("ays_sdxl", "SDXL")])
 @pytest.mark.parametrize("steps", [1, 4, 10, 15, 28])
 def test_align_your_steps_is_comfyuis(models, spacing, table, steps):

@@ -201,9 +201,9 @@ def test_join_writes_equal_ends_once_and_keeps_a_gap():
 @pytest.mark.parametrize(
     ("operation", "options", "message"),
     [
-        ("smooth", {}, "operation must be one of resample, shift, multiply, .*'smooth'"),
+        ("smooth", {}, "unknown operation 'smooth'; use one of resample, shift, multiply, "),
         ("resample", {"steps": 0}, "steps must be 1 to 10000, got 0"),
-        ("resample", {"axis": "snr"}, "axis must be one of log_snr, sigma, t, got 'snr'"),
+        ("resample", {"axis": "snr"}, "unknown axis 'snr'; use one of log_snr, sigma, t"),
         ("shift", {"value": 0.0}, "shift must be a finite number above 0, got 0"),
         ("multiply", {"value": -2.0}, "factor must be a finite number above 0, got -2.0"),
         ("multiply", {"value": math.nan}, "factor must be .*nan"),

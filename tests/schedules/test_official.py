@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tidetable.schedules.families import FAMILIES, official_shift
-from tidetable.schedules.official import RESPACINGS, linear_quadratic_sigmas, official_sigmas
+from tidetable.schedules.official import RESPACINGS, official_sigmas
 from tidetable.schedules.shift import shift_t
+from tidetable.schedules.spacing import flow_grid, linear_quadratic
 from tidetable.tests.test_architecture import ROOT
 
 
@@ -139,7 +140,7 @@ def test_ideograms_quantiles_have_the_rules_median():
 @pytest.mark.parametrize("steps", [2, 3, 20, 65])
 def test_linear_quadratic_is_smooth_where_it_bends(steps):
     """On the grid the slope before and after the joint agree to what a parabola's second difference allows."""
-    x = 1.0 - linear_quadratic_sigmas(steps, 0.025)
+    x = 1.0 - linear_quadratic(flow_grid(), steps, 0.025)[:-1]
     half = steps // 2
     slope = 0.025 / half
     torch.testing.assert_close(x[: half + 1].diff(), torch.full((half,), slope, dtype=torch.float64))

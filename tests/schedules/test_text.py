@@ -79,5 +79,5 @@ def test_what_is_no_schedule_is_named(text, message):
 
 
 def test_an_unknown_layout_is_named():
-    with pytest.raises(ValueError, match="layout must be one of line, lines, got 'table'"):
+    with pytest.raises(ValueError, match="unknown layout 'table'; use one of line, lines"):
         format_sigmas(torch.tensor([1.0, 0.0]), "table")
