@@ -1,15 +1,17 @@
 """What guidance costs beside plain CFG: perturbed attention by ComfyUI's own node and by ours, on published shapes.
 
-`python3 dev.py bench guidance` yields for each case (sd15, sdxl, …) and arm
+`python3 dev.py bench guidance` yields for each case (sd15, sdxl, flux, qwen) and arm
 
 - `flops_per_step`, `model_calls_per_step` and `peak_bytes` (tensors other than weights) of one guided evaluation at
-  full size, 1024 x 1024 pixels (SD1.5: 512), counted on shapes (counting.py) and the same on every machine;
+  full size and depth, 1024 x 1024 pixels (SD1.5: 512), counted on shapes (counting.py): the same on every machine;
 - `seconds_per_step`: the median over rounds in which the arms take turns, on the size that published.py calls `timed`;
   with --device cuda at full size, and then `allocated_bytes` is what torch's allocator saw at most, weights left out;
-- all of these divided by those of arm `cfg`, which runs the conditional and the unconditional row alone.
+- all of these divided by those of arm `cfg`, which runs the conditional and the unconditional row alone, and
+  `share_of_steps`: how much of a run may be guided for the whole run to cost 1.2 times CFG;
+- `flops_per_run` of a whole run with the node as it is before anything is set, counted in the same way.
 
 Arms: `cfg`; `core-pag`, ComfyUI's PerturbedAttentionGuidance (U-Nets only); `tidetable-plain`, our node with the
-perturbed row in the batch.
+perturbed row in the batch; `tidetable`, with the blocks before the perturbed one computed once.
 """
 
 import argparse
@@ -28,7 +30,14 @@ from tidetable.nodes.guidance import PerturbedAttention
 
 
 CFG, SCALE = 5.0, 3.0
-UNITS = {"flops": "FLOP", "model_calls": "calls", "seconds": "s", "peak": "B", "allocated": "B"}
+RUN_TARGET = 1.2  # a whole run beside one with CFG alone
+UNITS = {
+    "flops_per_step": "FLOP",
+    "model_calls_per_step": "calls",
+    "peak_bytes": "B",
+    "seconds_per_step": "s",
+    "allocated_bytes": "B",
+}
 
 
 def run(arguments: list[str]):
@@ -37,6 +46,7 @@ def run(arguments: list[str]):
     parser.add_argument("--cases", nargs="+", choices=tuple(PUBLISHED), default=tuple(PUBLISHED))
     parser.add_argument("--device", default="cpu", help="cuda: everything at full size on the GPU")
     parser.add_argument("--rounds", type=int, default=5, help="timed evaluations per arm; 0 counts only")
+    parser.add_argument("--run-steps", type=int, default=20, help="steps of the whole run; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -49,23 +59,39 @@ def run(arguments: list[str]):
             for arm, measured in timed(model, shape, device, options.rounds).items():
                 results[arm].update(measured)
         yield from rows(name, results)
+        if options.run_steps:
+            yield from run_rows(f"{name}, {options.run_steps} steps", model, device, options.run_steps)
 
 
 def rows(case: str, results: dict[str, dict[str, float]]):
     for arm, metrics in results.items():
         for metric, value in metrics.items():
-            yield case, arm, metric, value, UNITS[metric.split("_per_")[0].removesuffix("_bytes")]
+            yield case, arm, metric, value, UNITS[metric]
+    plain = results["cfg"]
     for arm, metrics in results.items():
         if arm != "cfg":
             for metric, value in metrics.items():
-                yield case, f"{arm} / cfg", metric, value / results["cfg"][metric], "x"
+                yield case, f"{arm} / cfg", metric, value / plain[metric], "x"
+            more = metrics["flops_per_step"] / plain["flops_per_step"] - 1.0
+            yield case, arm, "share_of_steps", min((RUN_TARGET - 1.0) / more, 1.0), ""
 
 
-def arms(model: Published, patcher: ModelPatcher) -> dict[str, ModelPatcher]:
+def run_rows(case: str, model: Published, device: torch.device, steps: int):
+    patcher = published.build(model, model.full, device)
+    arms = {"cfg": patcher, "tidetable": tidetable(patcher, blocks=model.full.blocks)}
+    flops = {arm: counting.count(made, lambda clone: whole_run(model, clone, steps)).flops for arm, made in arms.items()}
+    for arm, value in flops.items():
+        yield case, arm, "flops_per_run", value, "FLOP"
+    yield case, "tidetable / cfg", "flops_per_run", flops["tidetable"] / flops["cfg"], "x"
+
+
+def arms(model: Published, shape: Shape, patcher: ModelPatcher) -> dict[str, ModelPatcher]:
     """The MODEL of each arm; all are clones that share their weights."""
-    made = {"cfg": patcher, "tidetable-plain": tidetable(patcher)}
+    made = {"cfg": patcher}
     if model.unet:
         made["core-pag"] = PerturbedAttentionGuidance.execute(patcher, SCALE).args[0]
+    for arm, sharing in (("tidetable-plain", "off"), ("tidetable", "on")):
+        made[arm] = tidetable(patcher, scale=SCALE, blocks=shape.blocks, shared_prefix=sharing)
     return made
 
 
@@ -78,7 +104,7 @@ def tidetable(patcher: ModelPatcher, **settings) -> ModelPatcher:
 def counted(model: Published, device: torch.device) -> dict[str, dict[str, float]]:
     """arm -> metric -> value, of one evaluation at full size."""
     patcher, results = published.build(model, model.full, device), {}
-    for arm, made in arms(model, patcher).items():
+    for arm, made in arms(model, model.full, patcher).items():
         cost = counting.count(made, lambda clone: evaluation(model, model.full, clone, [])())
         results[arm] = {
             "flops_per_step": cost.flops,
@@ -93,7 +119,7 @@ def timed(model: Published, shape: Shape, device: torch.device, rounds: int) -> 
     patcher = published.build(model, shape, device)
     seconds, allocated = {}, {}
     evaluations = {}
-    for arm, made in arms(model, patcher).items():
+    for arm, made in arms(model, shape, patcher).items():
         seconds[arm] = []
         evaluations[arm] = evaluation(model, shape, made, seconds[arm])
     for _ in range(rounds + 1):
@@ -118,12 +144,8 @@ def allocated_bytes(evaluate: Callable[[], object], device: torch.device) -> int
 
 
 def evaluation(model: Published, shape: Shape, patcher: ModelPatcher, seconds: list[float]) -> Callable[[], object]:
-    """A function that runs ComfyUI's CFGGuider for one evaluation and appends the seconds which that took."""
-    guider = comfy.samplers.CFGGuider(patcher)
-    guider.set_conds(*(published.make_prompt(model, shape, seed) for seed in (1, 2)))
-    guider.set_cfg(CFG)
-    sigma = patcher.get_model_object("model_sampling").percent_to_sigma(0.4)
-    latent, device = published.make_latent(model, shape), patcher.load_device
+    """A function that has ComfyUI's CFGGuider make one evaluation, and appends the seconds that it took."""
+    device = patcher.load_device
 
     def sample(denoise, x, sigmas, extra_args, **_):
         synchronize(device)
@@ -133,13 +155,26 @@ def evaluation(model: Published, shape: Shape, patcher: ModelPatcher, seconds: l
         seconds.append(time.perf_counter() - started)
         return denoised
 
-    sampler, sigmas = comfy.samplers.KSAMPLER(sample), torch.tensor([float(sigma), 0.0])
+    sigma = float(patcher.get_model_object("model_sampling").percent_to_sigma(0.4))
+    return sampling(model, shape, patcher, comfy.samplers.KSAMPLER(sample), torch.tensor([sigma, 0.0]))
 
-    def evaluate():
+
+def whole_run(model: Published, patcher: ModelPatcher, steps: int) -> None:
+    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), model.scheduler, steps)
+    sampling(model, model.full, patcher, comfy.samplers.sampler_object("euler"), sigmas)()
+
+
+def sampling(model: Published, shape: Shape, patcher: ModelPatcher, sampler, sigmas) -> Callable[[], object]:
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.set_conds(*(published.make_prompt(model, shape, seed) for seed in (1, 2)))
+    guider.set_cfg(CFG)
+    latent = published.make_latent(model, shape)
+
+    def sample():
         with torch.no_grad():
             return guider.sample(latent, torch.zeros_like(latent), sampler, sigmas, seed=0, disable_pbar=True)
 
-    return evaluate
+    return sample
 
 
 def synchronize(device: torch.device) -> None:

@@ -21,28 +21,30 @@ class Shape:
     side: int
     tokens: int
     network: dict = field(default_factory=dict)
+    blocks: str = "auto"
+    """Which are perturbed, in the words of our node."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A model: its class in `comfy.supported_models`, its network as ComfyUI detects it, and widths of its inputs.
-
-    `full` is the published size at 1024 x 1024 pixels (SD1.5: 512); `timed` is one that a CPU can run in seconds.
-    `blocks` says which block to perturb in words of our node; empty: a U-Net's middle.
-    """
+    """A model: its class in `comfy.supported_models`, its network as ComfyUI detects it, and widths of its inputs."""
 
     config: str
     network: dict
-    latent: tuple[int, ...]  # channels, and frames where there are any
+    latent: tuple[int, ...]
+    """Channels, and frames where the model has any."""
     text: int
     pooled: int
     full: Shape
+    """The published size at 1024 x 1024 pixels (SD1.5: 512 x 512)."""
     timed: Shape
-    blocks: str = ""
+    """One that a CPU can run in seconds."""
+    scheduler: str
+    """Of a usual run."""
 
     @property
     def unet(self) -> bool:
-        return not self.blocks
+        return "num_res_blocks" in self.network
 
 
 _UNET = {
@@ -102,8 +104,21 @@ _FLUX = {
 _QWEN = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}
 
 PUBLISHED = {
-    "sd15": Published("SD15", _SD15, (4,), 768, 768, full=Shape(64, 77), timed=Shape(32, 77)),
-    "sdxl": Published("SDXL", _SDXL, (4,), 2048, 1280, full=Shape(128, 77), timed=Shape(32, 77)),
+    "sd15": Published("SD15", _SD15, (4,), 768, 768, Shape(64, 77), Shape(32, 77), "normal"),
+    "sdxl": Published("SDXL", _SDXL, (4,), 2048, 1280, Shape(128, 77), Shape(32, 77), "normal"),
+    "flux": Published(
+        "Flux",
+        _FLUX,
+        (16,),
+        4096,
+        768,
+        Shape(128, 512, blocks="single 10"),
+        Shape(32, 32, {"depth": 2, "depth_single_blocks": 4}, blocks="single 1"),
+        "simple",
+    ),
+    "qwen": Published(
+        "QwenImage", _QWEN, (16, 1), 3584, 768, Shape(128, 128), Shape(32, 8, {"num_layers": 6}), "simple"
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from tidetable.tests.host.model_zoo import ZOO
 
 
 UNET = {**ZOO["sdxl"][1], "in_channels": 4, "num_head_channels": 32, "adm_in_channels": 2816}
-SMALL = Published("SDXL", UNET, (4,), 32, 1280, full=Shape(16, 7), timed=Shape(8, 7))
+SMALL = Published("SDXL", UNET, (4,), 32, 1280, Shape(16, 7), Shape(8, 7), "normal")
 BACKENDS = ("attention_basic", "attention_split", "attention_sub_quad", "attention_pytorch")
 
 
@@ -47,7 +47,7 @@ def test_flops_of_one_attention_layer_whatever_computes_it(backend):
 
 
 def test_shapes_alone_give_the_counts_of_real_tensors(small):
-    for arm, model in guidance.arms(SMALL, small).items():
+    for arm, model in guidance.arms(SMALL, SMALL.full, small).items():
         model, calls = counted(model)
         with torch.no_grad(), LiveBytes() as live, flop_counter() as counter:
             evaluate(model)
@@ -56,14 +56,35 @@ def test_shapes_alone_give_the_counts_of_real_tensors(small):
         assert cost.peak_bytes == pytest.approx(live.peak, rel=0.05), arm
 
 
-def test_a_row_more_costs_half_of_two_rows_and_core_calls_twice(small):
+def test_costs_of_the_arms(small):
     costs = guidance.counted(SMALL, torch.device("cpu"))
-    plain, core = (
-        costs[arm]["flops_per_step"] / costs["cfg"]["flops_per_step"] for arm in ("tidetable-plain", "core-pag")
-    )
-    assert plain == 1.5 and 1.45 < core < 1.5  # core leaves out the attention whose result it replaces
+    flops = {arm: cost["flops_per_step"] / costs["cfg"]["flops_per_step"] for arm, cost in costs.items()}
+    assert flops["tidetable-plain"] == 1.5  # three rows for two
+    assert 1.45 < flops["core-pag"] < 1.5  # leaves out the attention whose result it replaces
+    # What comes before the middle block's transformer is computed for two rows, all else for three.
+    network = small.model.diffusion_model
+    before = [*network.input_blocks, network.middle_block[0]]
+    assert flops["tidetable"] == pytest.approx(1.5 - 0.5 * share_of(before, small), abs=1e-3)
     calls = {arm: cost["model_calls_per_step"] for arm, cost in costs.items()}
-    assert calls["cfg"] == calls["tidetable-plain"] == 1 and calls["core-pag"] == 2
+    assert calls == {"cfg": 1, "core-pag": 2, "tidetable-plain": 1, "tidetable": 2}
+
+
+def share_of(modules, model):
+    """The share of `modules` in the FLOPs of an evaluation, measured with hooks on real tensors."""
+    inside, started = [], []
+    with torch.no_grad(), flop_counter() as counter:
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_: started.append(counter.get_total_flops()))
+            module.register_forward_hook(lambda *_: inside.append(counter.get_total_flops() - started[-1]))
+        evaluate(model)
+    return sum(inside) / counter.get_total_flops()
+
+
+def test_a_whole_run_is_the_sum_of_its_steps(small):
+    step = count(small, evaluate).flops
+    assert count(small, lambda model: guidance.whole_run(SMALL, model, 3)).flops == 3 * step
+    guided = guidance.tidetable(small, end_percent=0.4, shared_prefix="off")  # the first of three steps
+    assert count(guided, lambda model: guidance.whole_run(SMALL, model, 3)).flops == 3.5 * step
 
 
 def test_live_bytes_are_those_of_tensors_that_are_alive_together():
