@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..runtime.guidance import AUTO, INFINITE_BLUR, MAX_SCALE, METHODS, RESCALE_MODES, perturbed_attention
+from ..runtime.guidance import AUTO, INFINITE_BLUR, MAX_SCALE, METHODS, RESCALE_MODES, SHARING, perturbed_attention
 
 
 class PerturbedAttention(io.ComfyNode):
@@ -110,6 +110,14 @@ class PerturbedAttention(io.ComfyNode):
                     round=0.01,
                     tooltip="How fast the strength falls to 0 from start to end: (1 - u) to this power, u linear in "
                     "log-SNR. 0 = constant, 1 = linear. Typical: 0 to 2.",
+                ),
+                io.Combo.Input(
+                    "shared_prefix",
+                    options=list(SHARING),
+                    default=SHARING[0],
+                    tooltip="Whether what comes before the perturbed blocks is computed once for the normal and the "
+                    "weakened prediction. The same result up to rounding. off: one batch. on: wherever possible. auto: "
+                    "for big models, where it saves most. Typical: auto.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The model with guidance, for any sampler node.")],

@@ -32,6 +32,7 @@ from ..schedules.validate import require_choice
 from . import cond_batch
 from .attention_targets import Target, Weakening
 from .blocks import AUTO, find_target
+from .shared_prefix import SHARING, Sharing, evaluate_shared, find_prefix, is_wanted
 
 
 TERMS = "tidetable_perturbed_attention"  # in model_options: the terms that nodes have added, immutable
@@ -67,6 +68,7 @@ class PerturbedTerm:
     rescale: float
     rescale_mode: RescaleMode
     decay: float
+    shares_prefix: bool
 
 
 def perturbed_attention(
@@ -82,9 +84,11 @@ def perturbed_attention(
     rescale: float = 0.0,
     rescale_mode: RescaleMode = "full",
     decay: float = 0.0,
+    shared_prefix: Sharing = "auto",
 ) -> ModelPatcher:
     """A clone of `model` with perturbed-attention guidance; `scale` 0 to 100, 0 = off: nothing is installed.
 
+    `shared_prefix`: whether what comes before the perturbed blocks is computed once for cond and the perturbed rows.
     Applied twice, the terms add up; a perturbed prediction that both ask for is computed once. ValueError for bad
     numbers, for models without an attention that could be perturbed and for blocks that do not exist.
     """
@@ -95,6 +99,7 @@ def perturbed_attention(
     _check("decay", decay, 0.0, 100.0, "0 is constant strength")
     require_choice("method", method, METHODS)
     require_choice("rescale_mode", rescale_mode, RESCALE_MODES)
+    require_choice("shared_prefix", shared_prefix, SHARING)
     if blur_sigma != INFINITE_BLUR and not 0.0 < blur_sigma < math.inf:
         raise ValueError(f"blur_sigma must be above 0 tokens, or {INFINITE_BLUR:g} for infinite, got {blur_sigma}")
     interval = Interval(start_percent, end_percent)
@@ -102,9 +107,11 @@ def perturbed_attention(
     if scale == 0.0:
         return patched
     blur = math.inf if blur_sigma == INFINITE_BLUR else blur_sigma
-    target = find_target(patched.get_model_object("diffusion_model"), blocks)
+    network = patched.get_model_object("diffusion_model")
+    target = find_target(network, blocks)
     perturbation = Perturbation(target, method, blur if method == "seg" else 0.0)
-    term = PerturbedTerm(scale, interval, perturbation, every_nth, stop_below, rescale, rescale_mode, decay)
+    shares = is_wanted(shared_prefix, network, target.places, patched.load_device)
+    term = PerturbedTerm(scale, interval, perturbation, every_nth, stop_below, rescale, rescale_mode, decay, shares)
     terms = patched.model_options.get(TERMS, [])
     if not terms:
         patched.set_model_sampler_post_cfg_function(add_perturbed_guidance)
@@ -124,10 +131,30 @@ def predict_with_perturbed(args: dict) -> list[Tensor]:
     if not terms or conds[0] is None or "model_function_wrapper" in args["model_options"]:
         return cond_batch.evaluate_plainly(args)
     perturbations = _perturbations(terms)
-    predictions = _evaluate(args, conds, conds[0], perturbations)
+    predictions = _predict_together(args, terms, perturbations)
     perturbed = dict(zip(perturbations, predictions[len(conds) :], strict=True))
     cond_batch.run_state(args["model_options"])["prediction"] = (args["input"], perturbed)
     return predictions[: len(conds)]
+
+
+def _predict_together(args: dict, terms: list[PerturbedTerm], perturbations: list[Perturbation]) -> list[Tensor]:
+    """Predictions for args["conds"] and for cond under each perturbation: in one batch, or with a shared prefix."""
+    conds, run = args["conds"], cond_batch.run_state(args["model_options"])
+    wanted = run.get("sharing", all(term.shares_prefix for term in terms))
+    places = {place for perturbation in perturbations for place in perturbation.target.places}
+    prefix = find_prefix(args, places) if wanted else None
+    if prefix is None:
+        return _evaluate(args, conds, conds[0], perturbations)
+
+    def perturbing(inner: Callable) -> Callable:
+        return _perturbing_wrapper(args["model"], dict(enumerate(perturbations)), inner, run)
+
+    copies = [_perturbed_copy(conds[0], perturbation) for perturbation in perturbations]
+    predictions, perturbed = evaluate_shared(args, copies, prefix, perturbing, _apply)
+    if perturbed is None:
+        run["sharing"] = False
+        perturbed = _evaluate(args, [], conds[0], perturbations)
+    return [*predictions, *perturbed]
 
 
 def add_perturbed_guidance(args: dict) -> Tensor:
@@ -144,8 +171,7 @@ def add_perturbed_guidance(args: dict) -> Tensor:
                 "Perturbed attention: this guider leaves out the conditional prediction that would be perturbed. "
                 "Set its cfg to something else than 1, or use CFGGuider or KSampler."
             )
-        perturbations = _perturbations(terms)
-        perturbed = dict(zip(perturbations, _evaluate(args, [], args["cond"], perturbations), strict=True))
+        perturbed = _evaluate_by_itself(args, _perturbations(terms))
     for term in terms:
         worse = perturbed[term.perturbation]
         scale = term.scale * _weight(term, args)
@@ -224,6 +250,17 @@ def _evaluate(args: dict, conds: list, cond: list[dict], perturbations: list[Per
     options = {**options, "model_function_wrapper": _perturbing_wrapper(args["model"], numbers, inner, run)}
     conds = [*conds, *(_perturbed_copy(cond, perturbation) for perturbation in perturbations)]
     return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
+
+
+def _evaluate_by_itself(args: dict, perturbations: list[Perturbation]) -> dict[Perturbation, Tensor]:
+    """The perturbed predictions without the others: one by one where another pack may rearrange the rows of a batch."""
+    alone = "model_function_wrapper" in args["model_options"]
+    batches = [[perturbation] for perturbation in perturbations] if alone else [perturbations]
+    return {
+        perturbation: prediction
+        for batch in batches
+        for perturbation, prediction in zip(batch, _evaluate(args, [], args["cond"], batch), strict=True)
+    }
 
 
 def _apply(apply_model: Callable, params: dict) -> Tensor:

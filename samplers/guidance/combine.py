@@ -34,9 +34,9 @@ def rescaled_guidance(
     correction. After Lin et al. 2023, arXiv:2305.08891, eq. 15 and 16, which scale the result; here classifier-free
     guidance stays as it is, as in pamparamm's sd-perturbed-attention.
     """
-    term = scale * (cond - perturbed)
     if rescale == 0.0:
-        return denoised + term
+        return perturbed_guidance(denoised, cond, perturbed, scale)
+    term = scale * (cond - perturbed)
     guided = (denoised if mode == "full" else cond) + term
     dims = tuple(range(1, cond.ndim))
     spread = torch.std(guided, dims, keepdim=True).clamp_min(torch.finfo(guided.dtype).tiny)
