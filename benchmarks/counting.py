@@ -81,7 +81,7 @@ class LiveBytes(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         if all(returned.alias_info is None for returned in func._schema.returns):  # neither a view nor in place
             for tensor in tree_leaves(output):
-                if isinstance(tensor, Tensor):
+                if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                     self._note(tensor.untyped_storage())
         return output
 

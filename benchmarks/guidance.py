@@ -79,7 +79,9 @@ def rows(case: str, results: dict[str, dict[str, float]]):
 def run_rows(case: str, model: Published, device: torch.device, steps: int):
     patcher = published.build(model, model.full, device)
     arms = {"cfg": patcher, "tidetable": tidetable(patcher, blocks=model.full.blocks)}
-    flops = {arm: counting.count(made, lambda clone: whole_run(model, clone, steps)).flops for arm, made in arms.items()}
+    flops = {
+        arm: counting.count(made, lambda clone: whole_run(model, clone, steps)).flops for arm, made in arms.items()
+    }
     for arm, value in flops.items():
         yield case, arm, "flops_per_run", value, "FLOP"
     yield case, "tidetable / cfg", "flops_per_run", flops["tidetable"] / flops["cfg"], "x"

@@ -63,8 +63,10 @@ def test_costs_of_the_arms(small):
     assert 1.45 < flops["core-pag"] < 1.5  # leaves out the attention whose result it replaces
     # What comes before the middle block's transformer is computed for two rows, all else for three.
     network = small.model.diffusion_model
-    before = [*network.input_blocks, network.middle_block[0]]
-    assert flops["tidetable"] == pytest.approx(1.5 - 0.5 * share_of(before, small), abs=1e-3)
+    before = [*(layer for block in network.input_blocks for layer in block), network.middle_block[0]]
+    assert flops["tidetable"] == pytest.approx(
+        1.5 - 0.5 * share_of(before, small), abs=0.005
+    )  # and what embeds the time
     calls = {arm: cost["model_calls_per_step"] for arm, cost in costs.items()}
     assert calls == {"cfg": 1, "core-pag": 2, "tidetable-plain": 1, "tidetable": 2}
 
@@ -93,6 +95,7 @@ def test_live_bytes_are_those_of_tensors_that_are_alive_together():
         for _ in range(3):
             y = layer(x)  # 2000 bytes, gone when the next one is there
             y.add_(1.0).view(50, 10)
+            y.to("meta")
         assert (live.live, live.peak) == (2000, 4000)
         del y
         assert (live.live, live.peak) == (0, 4000)
@@ -100,7 +103,10 @@ def test_live_bytes_are_those_of_tensors_that_are_alive_together():
 
 def test_counting_leaves_the_model_as_it_was_also_after_an_error(small):
     network = small.model.diffusion_model
-    weights, options = {name: weight.clone() for name, weight in network.state_dict().items()}, repr(small.model_options)
+    weights, options = (
+        {name: weight.clone() for name, weight in network.state_dict().items()},
+        repr(small.model_options),
+    )
     count(small, evaluate)
     with pytest.raises(RuntimeError):
         count(small, lambda clone: evaluate(clone, dataclasses.replace(SMALL, text=31)))
