@@ -8,7 +8,7 @@
   with --device cuda at full size, and then `allocated_bytes` is what torch's allocator saw at most, weights left out;
 - all of these divided by those of arm `cfg`, which runs the conditional and the unconditional row alone, and
   `share_of_steps`: how much of a run may be guided for the whole run to cost 1.2 times CFG;
-- `flops_per_run` of a whole run with the node as it is before anything is set, counted in the same way.
+- `flops_per_run` of a whole run with all but the block at its default, counted in the same way.
 
 Arms: `cfg`; `core-pag`, ComfyUI's PerturbedAttentionGuidance (U-Nets only); `tidetable-plain`, our node with the
 perturbed row in the batch; `tidetable`, with the blocks before the perturbed one computed once.
@@ -44,23 +44,24 @@ def run(arguments: list[str]):
     """Rows (case, arm, metric, value, unit)."""
     parser = argparse.ArgumentParser(prog="bench guidance")
     parser.add_argument("--cases", nargs="+", choices=tuple(PUBLISHED), default=tuple(PUBLISHED))
-    parser.add_argument("--device", default="cpu", help="cuda: everything at full size on the GPU")
+    parser.add_argument("--device", default="cpu", help="cuda: timed there, at full size")
     parser.add_argument("--rounds", type=int, default=5, help="timed evaluations per arm; 0 counts only")
     parser.add_argument("--run-steps", type=int, default=20, help="steps of the whole run; 0 leaves it out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    cpu, device = torch.device("cpu"), torch.device(options.device)
     for name in options.cases:
         model = PUBLISHED[name]
-        results = counted(model, device)
+        patcher = published.build(model, model.full, cpu)
+        results = counted(model, patcher)
         if options.rounds:
             shape = model.timed if device.type == "cpu" else model.full
             for arm, measured in timed(model, shape, device, options.rounds).items():
                 results[arm].update(measured)
         yield from rows(name, results)
         if options.run_steps:
-            yield from run_rows(f"{name}, {options.run_steps} steps", model, device, options.run_steps)
+            yield from run_rows(name, model, patcher, options.run_steps)
 
 
 def rows(case: str, results: dict[str, dict[str, float]]):
@@ -76,15 +77,12 @@ def rows(case: str, results: dict[str, dict[str, float]]):
             yield case, arm, "share_of_steps", min((RUN_TARGET - 1.0) / more, 1.0), ""
 
 
-def run_rows(case: str, model: Published, device: torch.device, steps: int):
-    patcher = published.build(model, model.full, device)
-    arms = {"cfg": patcher, "tidetable": tidetable(patcher, blocks=model.full.blocks)}
-    flops = {
-        arm: counting.count(made, lambda clone: whole_run(model, clone, steps)).flops for arm, made in arms.items()
-    }
-    for arm, value in flops.items():
-        yield case, arm, "flops_per_run", value, "FLOP"
-    yield case, "tidetable / cfg", "flops_per_run", flops["tidetable"] / flops["cfg"], "x"
+def run_rows(case: str, model: Published, patcher: ModelPatcher, steps: int):
+    ours = tidetable(patcher, blocks=model.full.blocks)
+    cfg, tide = (counting.count(arm, lambda clone: whole_run(model, clone, steps)).flops for arm in (patcher, ours))
+    yield case, "cfg", "flops_per_run", cfg, "FLOP"
+    yield case, "tidetable", "flops_per_run", tide, "FLOP"
+    yield case, "tidetable / cfg", "flops_per_run", tide / cfg, "x"
 
 
 def arms(model: Published, shape: Shape, patcher: ModelPatcher) -> dict[str, ModelPatcher]:
@@ -103,9 +101,9 @@ def tidetable(patcher: ModelPatcher, **settings) -> ModelPatcher:
     return PerturbedAttention.execute(patcher, **{given.id: given.default for given in inputs} | settings).args[0]
 
 
-def counted(model: Published, device: torch.device) -> dict[str, dict[str, float]]:
+def counted(model: Published, patcher: ModelPatcher) -> dict[str, dict[str, float]]:
     """arm -> metric -> value, of one evaluation at full size."""
-    patcher, results = published.build(model, model.full, device), {}
+    results = {}
     for arm, made in arms(model, model.full, patcher).items():
         cost = counting.count(made, lambda clone: evaluation(model, model.full, clone, [])())
         results[arm] = {

@@ -149,8 +149,9 @@ def share_weights(network: nn.Module, device: torch.device) -> None:
                 continue
             key = (parameter.shape, parameter.dtype)
             if key not in made:
-                made[key] = nn.Parameter(random_weight(parameter, generator).to(device), requires_grad=False)
-            module._parameters[name] = made[key]
+                made[key] = random_weight(parameter, generator).to(device)
+            # A parameter of its own, so that whoever counts parameters gets the published number.
+            module._parameters[name] = nn.Parameter(made[key], requires_grad=False)
 
 
 def random_weight(parameter: Tensor, generator: torch.Generator) -> Tensor:

@@ -57,7 +57,7 @@ def test_shapes_alone_give_the_counts_of_real_tensors(small):
 
 
 def test_costs_of_the_arms(small):
-    costs = guidance.counted(SMALL, torch.device("cpu"))
+    costs = guidance.counted(SMALL, small)
     flops = {arm: cost["flops_per_step"] / costs["cfg"]["flops_per_step"] for arm, cost in costs.items()}
     assert flops["tidetable-plain"] == 1.5  # three rows for two
     assert 1.45 < flops["core-pag"] < 1.5  # leaves out the attention whose result it replaces
@@ -113,3 +113,13 @@ def test_counting_leaves_the_model_as_it_was_also_after_an_error(small):
     assert all(torch.equal(weight, weights[name]) for name, weight in network.state_dict().items())
     assert repr(small.model_options) == options and not small.wrappers.get(WrappersMP.APPLY_MODEL)
     assert torch.zeros(1).add(1.0).item() == 1.0  # no mode is left behind
+
+
+def test_published_sizes_in_little_memory():
+    """Parameters as the models' papers and cards have them, in millions."""
+    for name, millions in {"sd15": 860, "sdxl": 2567, "flux": 11_902, "qwen": 20_430}.items():
+        model = published.PUBLISHED[name]
+        parameters = list(published.build(model, model.full, torch.device("cpu")).model.diffusion_model.parameters())
+        assert sum(parameter.numel() for parameter in parameters) == pytest.approx(millions * 1e6, rel=1e-3)
+        storages = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in parameters}
+        assert sum(storages.values()) < 1.1e9
