@@ -51,7 +51,17 @@ def rows(name: str, arm: str, plain: conformance.Verdict, guided: conformance.Ve
         yield name, arm, "order", plain.order, ""
     if guided is not None:
         yield name, arm, "error_cfg3", guided.error, "std"
-    yield name, arm, "pass", float(plain.passed and (guided is None or guided.passed)), ""
+    yield name, arm, "pass", float(passed(plain, guided)), ""
+
+
+def passed(plain: conformance.Verdict, guided: conformance.Verdict | None) -> bool:
+    return plain.passed and (guided is None or guided.passed)
+
+
+def count_passed(verdicts: dict, arm: str) -> str:
+    """As "35 of 38"."""
+    judged = [passed(*verdict) for (_, judged_arm), verdict in verdicts.items() if judged_arm == arm]
+    return f"{sum(judged)} of {len(judged)}"
 
 
 def few_steps(names: list[str], count: int):
@@ -63,7 +73,7 @@ def few_steps(names: list[str], count: int):
 
 
 def markdown(verdicts: dict, count: int) -> str:
-    """A table with a row per sampler and a column per arm: error, and in bold what did not pass."""
+    """A table with a row per sampler and a column per arm: error, and in bold what did not pass; how many passed."""
     from comfyui_version import __version__
 
     arms = [arm for arm in ARMS if any(key[1] == arm for key in verdicts)]
@@ -75,6 +85,7 @@ def markdown(verdicts: dict, count: int) -> str:
         f"|---|{'---|' * len(arms)}",
     ]
     lines += [f"| {name} | {' | '.join(cell(verdicts.get((name, arm))) for arm in arms)} |" for name in names]
+    lines.append(f"| passed | {' | '.join(count_passed(verdicts, arm) for arm in arms)} |")
     return "\n".join(lines) + "\n"
 
 

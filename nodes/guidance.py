@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..runtime.guidance import AUTO, INFINITE_BLUR, MAX_SCALE, METHODS, RESCALE_MODES, SHARING, perturbed_attention
+from ..runtime.guided_cfg import MAX_ETA, MAX_MOMENTUM, MAX_NORM, MAX_ZERO_INIT, CfgRules, guided_cfg
 
 
 class PerturbedAttention(io.ComfyNode):
@@ -128,4 +129,104 @@ class PerturbedAttention(io.ComfyNode):
         return io.NodeOutput(perturbed_attention(model, scale, start_percent, end_percent, **options))
 
 
-NODES: list[type[io.ComfyNode]] = [PerturbedAttention]
+class Guidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Tidetable_Guidance",
+            display_name="Guidance (CFG rules)",
+            category="Tidetable/guidance",
+            description="Refines CFG with any of these, in one fixed order: an interval, TCFG, CFG-Zero*, APG, "
+            "RescaleCFG. A fresh node changes nothing. The strength stays the sampler's cfg.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to guide. It is not changed; the output is a patched copy."),
+                io.Float.Input(
+                    "cfg_start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where in the denoising CFG begins, as a fraction. 0 = at pure noise. Typical: 0 to 0.2.",
+                ),
+                io.Float.Input(
+                    "cfg_end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Where CFG ends, as a fraction, above cfg_start_percent (so never 0). 1 = at the finished "
+                    "picture. Typical: 0.6 to 1. Outside, the negative prompt is not computed.",
+                ),
+                io.Boolean.Input(
+                    "tangential_damping",
+                    default=False,
+                    tooltip="TCFG: keeps of the negative prompt's prediction only the direction that it "
+                    "shares most with the positive one. Off = as predicted. No unit; typical with any model.",
+                ),
+                io.Boolean.Input(
+                    "zero_star",
+                    default=False,
+                    tooltip="CFG-Zero*: scales the negative prompt's prediction to the least distance from the "
+                    "positive one. Off = as predicted. No unit; typical: on for flow models.",
+                ),
+                io.Int.Input(
+                    "zero_init_steps",
+                    default=0,
+                    min=0,
+                    max=MAX_ZERO_INIT,
+                    tooltip="CFG-Zero*, flow models only: during so many first steps of a run from pure noise the "
+                    "latent stands still. In steps; 0 = off. Typical: 1, or 4 % of the steps.",
+                ),
+                io.Float.Input(
+                    "apg_eta",
+                    default=1.0,
+                    min=-MAX_ETA,
+                    max=MAX_ETA,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="APG: share of guidance along the prediction itself, the part that oversaturates. 1 = "
+                    "off, as CFG; 0 = none of it. Typical: 0, with cfg up to 15.",
+                ),
+                io.Float.Input(
+                    "apg_norm_threshold",
+                    default=0.0,
+                    min=0.0,
+                    max=MAX_NORM,
+                    step=0.5,
+                    round=0.01,
+                    tooltip="APG: longest that cond minus uncond may be, as the Euclidean length of one whole latent. "
+                    "0 = off. Typical: 2.5 to 15 for 64x64 latents, more for larger ones.",
+                ),
+                io.Float.Input(
+                    "apg_momentum",
+                    default=0.0,
+                    min=-MAX_MOMENTUM,
+                    max=MAX_MOMENTUM,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="APG: weight of the steps before in cond minus uncond, no unit. 0 = off; below 0 it pushes "
+                    "away from them. Typical: -0.75 to -0.5.",
+                ),
+                io.Float.Input(
+                    "rescale",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="RescaleCFG: how far the contrast of the network's output goes back to that without CFG, "
+                    "no unit. 0 = off, 1 = all the way. Typical: 0.7 for v-prediction models.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model with these rules, for any sampler node."),
+                io.String.Output(display_name="summary", tooltip="What is on, a line each, in the order it acts."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, **rules) -> io.NodeOutput:
+        return io.NodeOutput(*guided_cfg(model, CfgRules(**rules)))
+
+
+NODES: list[type[io.ComfyNode]] = [PerturbedAttention, Guidance]

@@ -20,18 +20,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_sampling
 import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ..samplers.guidance.combine import RESCALE_MODES, RescaleMode, relative_difference, rescaled_guidance
+from ..samplers.guidance.combine import RESCALE_MODES, RescaleMode, relative_difference, rescaled_perturbed_guidance
 from ..samplers.guidance.interval import Interval, decayed, step_of
 from ..samplers.guidance.perturb import METHODS, Method
 from ..schedules.validate import require_choice
 from . import cond_batch
 from .attention_targets import Target, Weakening
 from .blocks import AUTO, find_target
+from .process import stored_shift
 from .shared_prefix import SHARING, Sharing, evaluate_shared, find_prefix, is_wanted
 
 
@@ -175,7 +175,7 @@ def add_perturbed_guidance(args: dict) -> Tensor:
     for term in terms:
         worse = perturbed[term.perturbation]
         scale = term.scale * _weight(term, args)
-        denoised = rescaled_guidance(denoised, cond, worse, scale, term.rescale, term.rescale_mode)
+        denoised = rescaled_perturbed_guidance(denoised, cond, worse, scale, term.rescale, term.rescale_mode)
         if term.stop_below > 0.0 and relative_difference(cond, worse) < term.stop_below:
             run.setdefault("stopped", set()).add(term)
     return denoised
@@ -224,7 +224,7 @@ def _weight(term: PerturbedTerm, args: dict) -> float:
 
 def _log_snr(model_sampling: Any, sigma: float) -> float:
     """The log-SNR, ln(alpha²/sigma²), at ComfyUI's noise level; kept within the model's own range, so always finite."""
-    if isinstance(model_sampling, comfy.model_sampling.CONST):
+    if stored_shift(model_sampling) is not None:
         t = min(max(sigma, FLOW_END), 1.0 - FLOW_END)
         return 2.0 * math.log((1.0 - t) / t)
     return -2.0 * math.log(min(max(sigma, float(model_sampling.sigma_min)), float(model_sampling.sigma_max)))

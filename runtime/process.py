@@ -53,3 +53,11 @@ def stored_shift(model_sampling: Any) -> float | None:
     if shift is None:
         return None
     return shift_from_mu(float(shift)) if isinstance(model_sampling, host.ModelSamplingFlux) else float(shift)
+
+
+def in_first_steps(model_sampling: Any, model_options: dict, sigma: float, steps: int) -> bool:
+    """Whether `sigma` belongs to the first `steps` steps of a sampling run that begins in the model's purest noise."""
+    sigmas = model_options["transformer_options"].get("sample_sigmas")
+    if sigmas is None or float(sigmas[0]) < float(model_sampling.sigma_max) * (1.0 - 1e-4):
+        return False
+    return sigma > float(sigmas[min(steps, len(sigmas) - 1)]) * (1.0 + 1e-6)

@@ -71,10 +71,16 @@ def recording(inner: Wrapper, prefix: Prefix, records: Records) -> Wrapper:
 
 def _cond_chunks(params: dict) -> dict[UUID, slice]:
     """The rows of each entry of cond list 0 in one forward. Other lists can have entries with the same uuid."""
-    kinds, uuids = params["cond_or_uncond"], params["c"]["transformer_options"]["uuids"]
+    kinds, uuids = params["cond_or_uncond"], _uuids(params)
     size = len(params["input"]) // len(kinds)
     entries = enumerate(zip(kinds, uuids, strict=True))
-    return {uuid: slice(i * size, (i + 1) * size) for i, (kind, uuid) in entries if kind == 0}
+    return {uuid: slice(i * size, (i + 1) * size) for i, (kind, uuid) in entries if kind == 0 and uuid is not None}
+
+
+def _uuids(params: dict) -> list[UUID | None]:
+    """The entries in one forward, chunk by chunk, as ComfyUI says it; None where another pack's loop does not."""
+    uuids, kinds = params["c"]["transformer_options"].get("uuids", ()), params["cond_or_uncond"]
+    return list(uuids) if len(uuids) == len(kinds) else [None] * len(kinds)
 
 
 class _Recorder:
@@ -150,7 +156,7 @@ def resuming(inner: Wrapper, prefix: Prefix, records: Records) -> Wrapper:
     """`inner`, entering the network at `prefix.first` with what `records` say of the forward's entries."""
 
     def wrapper(apply_model: Callable, params: dict) -> Tensor:
-        resumer = _Resumer(_found(records, params["c"]["transformer_options"]["uuids"]))
+        resumer = _Resumer(_found(records, _uuids(params)))
         with resumer.at_work(prefix, params) as resumed:
             output = inner(apply_model, resumed)
         if resumer.entries != 1:
@@ -160,8 +166,8 @@ def resuming(inner: Wrapper, prefix: Prefix, records: Records) -> Wrapper:
     return wrapper
 
 
-def _found(records: Records, uuids: Iterable[UUID]) -> list[Record]:
-    found = [records.get(uuid) for uuid in uuids]
+def _found(records: Records, uuids: Iterable[UUID | None]) -> list[Record]:
+    found = [None if uuid is None else records.get(uuid) for uuid in uuids]
     if any(record is None for record in found):
         raise CannotShare
     return [record for record in found if record is not None]

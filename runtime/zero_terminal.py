@@ -19,7 +19,7 @@ from ..schedules.ztsnr import (
     steps_above,
 )
 from .model_sampling import Sampling, class_names, has_discrete_table, read_sampling, with_sampling
-from .process import prediction_of
+from .process import in_first_steps, prediction_of
 
 
 MAX_UNGUIDED = 100
@@ -42,12 +42,10 @@ class Unguided:
     steps: int
 
     def __call__(self, args: dict) -> list[Tensor]:
-        predictions, sigmas = args["conds_out"], args["model_options"]["transformer_options"].get("sample_sigmas")
-        if sigmas is None or len(predictions) != 2 or args["conds"][1] is None:
+        predictions, sigma = args["conds_out"], float(args["sigma"].reshape(-1)[0])
+        if len(predictions) != 2 or args["conds"][1] is None:
             return predictions
-        from_the_top = float(sigmas[0]) >= float(args["model"].model_sampling.sigma_max) * (1.0 - 1e-4)
-        guided_from = float(sigmas[min(self.steps, len(sigmas) - 1)])
-        if from_the_top and float(args["sigma"].reshape(-1)[0]) > guided_from * (1.0 + 1e-6):
+        if in_first_steps(args["model"].model_sampling, args["model_options"], sigma, self.steps):
             return [predictions[0], predictions[0]]
         return predictions
 

@@ -1,1 +1,1 @@
-"""Guidance in three questions: what is combined (combine), what counts as worse (perturb), when it acts (interval)."""
+"""Guidance: what is combined (combine, project, momentum), what counts as worse (perturb), when it acts (interval)."""

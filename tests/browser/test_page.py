@@ -63,6 +63,8 @@ def test_an_example_workflow_loads(page, object_info, path: Path):
     )
     assert sorted(loaded) == sorted([str(node["id"]), node["type"], True] for node in workflow["nodes"])
     save(page, path.stem)
+    alerts = page.evaluate("[...document.querySelectorAll('.p-toast-message')].map(alert => alert.innerText)")
+    assert alerts == [], "the page says that the file is not as it should be"
     assert_laid_out(page)
     assert_same_prompt(page, workflow, object_info)
     assert page.complaints == []

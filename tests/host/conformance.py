@@ -24,8 +24,19 @@ from tidetable.tests.gaussians import sliced_wasserstein
 from tidetable.tests.host.mixture_model import CONDITIONAL, MIXTURE, draw, exact_model, start_noise
 
 
-ARMS = {"eps": "eps", "v": "v", "ztsnr": "ztsnr", "stock-flow": "flow", "sampler-safe": "flow", "tidetable": "flow"}
-"""Arm -> kind of model; what the arm's sampler is, `sampler_of` says."""
+ARMS = {
+    "stock-flow": "flow",
+    "sampler-safe": "flow",
+    "tidetable": "flow",
+    "eps": "eps",
+    "v": "v",
+    "ztsnr": "ztsnr",
+    "tidetable-eps": "eps",
+    "tidetable-v": "v",
+    "tidetable-ztsnr": "ztsnr",
+}
+"""Arm -> kind of model; what the arm's sampler is, `sampler_of` says. v is Stable Diffusion's table with v prediction,
+ztsnr the same rescaled to zero terminal SNR."""
 SCHEDULERS = {"eps": "karras", "v": "karras", "ztsnr": "sgm_uniform", "flow": "simple"}
 STEPS = (16, 32, 64)
 MOST_ERROR = {"distance": 0.09, "mean": 0.1, "covariance": 0.15, "weights": 0.04, "cfg": 0.15}
@@ -57,12 +68,16 @@ class Verdict:
         return not self.failures
 
 
+def is_ours(arm: str) -> bool:
+    return arm.startswith("tidetable")
+
+
 def cases(arm: str) -> list[str]:
-    return list(OUR_NAMES) if arm == "tidetable" else [name for name in host_names() if not name.endswith("_gpu")]
+    return list(OUR_NAMES) if is_ours(arm) else [name for name in host_names() if not name.endswith("_gpu")]
 
 
 def sampler_of(arm: str, name: str):
-    if arm == "tidetable":
+    if is_ours(arm):
         return make_sampler(name, 0.0 if name == "ddim" else 1.0, 1.0, 0, 0.0)
     return make_flow_sampler(name) if arm == "sampler-safe" else comfy.samplers.sampler_object(name)
 
@@ -150,7 +165,7 @@ def judge_cfg_pp(arm: str, name: str, count: int, cfg: float = 3.0) -> Verdict:
     """Distance to the first-order CFG++ sampler with the same noise in the steps."""
     options = {"cfg": cfg, "positive": CONDITIONAL, "negative": MIXTURE}
     first = "euler_ancestral_cfg_pp" if "ancestral" in name else "euler_cfg_pp"
-    stock = "stock-flow" if ARMS[arm] == "flow" else arm
+    stock = "stock-flow" if ARMS[arm] == "flow" else ARMS[arm]
     distance = sliced_wasserstein(run(arm, name, 32, count, **options), run(stock, first, 32, count, **options))
     return Verdict(distance, tuple(above({"cfg": distance})))
 

@@ -2,9 +2,7 @@
 
 import itertools
 import math
-from types import SimpleNamespace
 
-import comfy.model_base
 import pytest
 import torch
 from comfy.model_base import ModelType
@@ -12,20 +10,11 @@ from comfy.model_base import ModelType
 from tidetable.nodes.prediction import ConvertPrediction
 from tidetable.schedules.prediction import PREDICTIONS, target
 from tidetable.schedules.process import VE, VP, Flow
-from tidetable.tests.host.model_zoo import discrete, zoo
+from tidetable.tests.host.model_zoo import discrete
+from tidetable.tests.host.samplings import with_sampling
 
 
-@pytest.fixture(autouse=True)
-def _as_in_a_node():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {name: zoo(name) for name in ("sd15", "sdxl", "sd3", "flux")}
-
-
+pytestmark = pytest.mark.usefixtures("in_a_node")
 SHAPES = [(2, 4, 6, 6), (1, 16, 2, 4, 4)]
 NOISE_LEVELS = {"flow": 0.3, "vp": 1.7, "ve": 12.0}
 
@@ -117,8 +106,6 @@ def test_bad_latents_are_named(models):
             converted(noisy, prediction, "eps", "x0", "vp", 1.0)
     with pytest.raises(ValueError, match="the latents have 4 channels but this model's have 16"):
         converted(good, good, "velocity", "x0", "model", 0.5, models["sd3"])
-    cosmos = models["sd15"].clone()
-    settings = SimpleNamespace(sampling_settings={})
-    cosmos.add_object_patch("model_sampling", comfy.model_base.model_sampling(settings, ModelType.FLOW_COSMOS))
+    cosmos = with_sampling(models["sd15"], ModelType.FLOW_COSMOS)
     with pytest.raises(ValueError, match="neither flow nor variance preserving; choose a process by name"):
         converted(good, good, "velocity", "x0", "model", 0.5, cosmos)

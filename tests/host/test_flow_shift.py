@@ -15,23 +15,13 @@ from tidetable.nodes.model_sampling import DescribeModel, FlowShift
 from tidetable.runtime.flow_shift import FAMILY_CHOICES
 from tidetable.runtime.model_sampling import patch_flow_shift, read_sampling
 from tidetable.schedules.families import FAMILIES, FLOW_FAMILIES, NOT_FAMILIES, family_of, official_shift
-from tidetable.tests.host.model_zoo import FLOW, ZOO, discrete, zoo
+from tidetable.tests.host.model_zoo import FLOW, discrete
 from tidetable.tests.host.test_model_sampling import fingerprint
 
 
+pytestmark = pytest.mark.usefixtures("in_a_node")
 CONFIGS = {config.__name__: config for config in comfy.supported_models.models}
 HAS_NOISE_SCALE = hasattr(comfy.model_sampling.ModelSamplingDiscreteFlow, "set_noise_scale")
-
-
-@pytest.fixture(autouse=True)
-def _as_in_a_node():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {name: zoo(name) for name in ZOO}
 
 
 def shift_node(model, mode="official", shift=3.0, mu=1.15, width=1024, height=1024, **more):

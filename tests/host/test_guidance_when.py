@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tidetable.runtime.blocks import find_target
-from tidetable.samplers.guidance.combine import relative_difference, rescaled_guidance
+from tidetable.samplers.guidance.combine import relative_difference, rescaled_perturbed_guidance
 from tidetable.tests.host.guidance_families import build_case, conds_for
 from tidetable.tests.host.guidance_models import (
     LATENT,
@@ -113,7 +113,7 @@ def test_rescale_is_the_rule_on_the_three_predictions(name, mode):
     cond, cfg, plain = evaluate(model, 1.0), evaluate(model, 4.0), evaluate(node(model), 1.0)
     perturbed = cond - (plain - cond) / SCALE
     got = evaluate(node(model, rescale=0.7, rescale_mode=mode), 4.0)
-    assert_close(got, rescaled_guidance(cfg, cond, perturbed, SCALE, 0.7, mode), 1e-4)
+    assert_close(got, rescaled_perturbed_guidance(cfg, cond, perturbed, SCALE, 0.7, mode), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["unet", "mmdit"])

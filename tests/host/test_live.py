@@ -28,10 +28,7 @@ FLOW_SHIFT, SCHEDULE, PLOT, TINY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _as_in_a_node():
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("in_a_node")
 
 
 def ask(graph: dict[str, tuple[str, dict]], target: str = "1") -> dict:

@@ -3,9 +3,7 @@
 import copy
 import inspect
 import math
-from types import SimpleNamespace
 
-import comfy.model_base
 import comfy.model_sampling
 import comfy.sample
 import pytest
@@ -16,34 +14,16 @@ from comfy_extras import nodes_model_advanced
 from tidetable.nodes.model_sampling import DescribeModel, FlowShift
 from tidetable.runtime.model_sampling import detect_family, patch_flow_shift, read_sampling
 from tidetable.runtime.tiny import build_patcher, load_tiny_vae
-from tidetable.runtime.tiny_text import CONTEXT_WIDTH
 from tidetable.schedules.families import FAMILIES, official_shift
 from tidetable.schedules.prediction import target
 from tidetable.schedules.shift import shift_t
-from tidetable.tests.host.model_zoo import FLOW, ZOO, discrete, zoo
+from tidetable.tests.host.model_zoo import FLOW, ZOO, discrete
+from tidetable.tests.host.samplings import sample, with_sampling
 
 
+pytestmark = pytest.mark.usefixtures("in_a_node")
 SIGMAS = torch.linspace(0.02, 1.0, 50)
 NEWER_HOST = hasattr(ModelType, "FLOW_AV")
-
-
-@pytest.fixture(autouse=True)
-def _as_in_a_node():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {name: zoo(name) for name in ZOO}
-
-
-def with_sampling(model, model_type, **settings):
-    """`model` with the model_sampling that ComfyUI would build for another model type and other settings."""
-    config = SimpleNamespace(sampling_settings=settings)
-    clone = model.clone()
-    clone.add_object_patch("model_sampling", comfy.model_base.model_sampling(config, model_type))
-    return clone
 
 
 def fingerprint(model):
@@ -293,21 +273,13 @@ def test_the_wrong_kind_of_thing_is_named(execute):
 # ── In use ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def sample(model, steps=3):
-    noise = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    text = torch.randn(1, 4, CONTEXT_WIDTH, generator=torch.Generator().manual_seed(1))
-    cond = [[text, {"pooled_output": text.mean(1)}]]
-    latent = torch.zeros(1, 3, 8, 8)
-    return comfy.sample.sample(model, noise, steps, 1.0, "euler", "simple", cond, cond, latent, seed=0)
-
-
 def test_sampling_feels_the_shift_and_the_original_does_not():
     model = build_patcher("mmdit-flow")
-    plain = sample(model)
-    moved = sample(shifted(model, 4.0))
+    plain = sample(model, steps=3)
+    moved = sample(shifted(model, 4.0), steps=3)
     assert torch.isfinite(moved).all() and not torch.allclose(moved, plain, atol=1e-4)
-    assert torch.equal(sample(model), plain)
-    assert torch.equal(sample(shifted(model, 1.0)), plain)
+    assert torch.equal(sample(model, steps=3), plain)
+    assert torch.equal(sample(shifted(model, 1.0), steps=3), plain)
 
 
 def test_every_input_says_unit_zero_and_range():

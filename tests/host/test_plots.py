@@ -21,14 +21,9 @@ from tidetable.schedules.spacing import schedule as spaced
 from tidetable.tests.host.model_zoo import zoo
 
 
+pytestmark = pytest.mark.usefixtures("in_a_node")
 VP_GRID = table_grid(VP.from_betas().ratio(torch.arange(1000, dtype=torch.float64) / 999))
 FALLING = torch.linspace(1.0, 0.0, 31)
-
-
-@pytest.fixture(autouse=True)
-def _as_in_a_node():
-    with torch.inference_mode():
-        yield
 
 
 def plot(quantity="sigma", process="auto", y_axis="auto", width=512, height=384, **schedules):

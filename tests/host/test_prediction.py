@@ -1,12 +1,9 @@
-"""Prediction and Flow Graft on real ComfyUI models, and the bridge on a real network."""
+"""Prediction on real ComfyUI models of every process, and a prompt with all of its neighbors."""
 
 import itertools
 import math
-from types import SimpleNamespace
 
-import comfy.model_base
 import comfy.model_sampling as host_sampling
-import comfy.sample
 import pytest
 import torch
 from comfy.model_base import ModelType
@@ -16,52 +13,23 @@ from tidetable.nodes.model_sampling import DescribeModel, FlowShift
 from tidetable.nodes.prediction import FlowGraft, Prediction, ZeroTerminalSNR
 from tidetable.runtime.model_sampling import patch_flow_shift, read_sampling
 from tidetable.runtime.process import prediction_of, process_of
-from tidetable.runtime.tiny import build_patcher, load_tiny_model, load_tiny_vae
-from tidetable.runtime.tiny_text import CONTEXT_WIDTH
+from tidetable.runtime.tiny import build_patcher, load_tiny_vae
 from tidetable.runtime.trainable import training_session
-from tidetable.schedules.bridge import Bridge
 from tidetable.schedules.prediction import target
 from tidetable.schedules.process import Flow
 from tidetable.tests.host.comparing import fingerprint
 from tidetable.tests.host.exact_networks import ExactNetwork, denoised, with_network
-from tidetable.tests.host.model_zoo import ZOO, discrete, zoo
+from tidetable.tests.host.model_zoo import discrete, zoo
+from tidetable.tests.host.samplings import sample, sampling, with_sampling, without_class
 
 
+pytestmark = pytest.mark.usefixtures("in_a_node")
 FLOW = ("sd3", "flux", "auraflow", "wan")
 NEWER_HOST = hasattr(ModelType, "FLOW_AV")
 
 
-@pytest.fixture(autouse=True)
-def _as_in_a_node():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {name: zoo(name) for name in ZOO}
-
-
-def with_sampling(model, model_type, **settings):
-    """`model` with the model_sampling that ComfyUI would build for another model type and other settings."""
-    config = SimpleNamespace(sampling_settings=settings)
-    clone = model.clone()
-    clone.add_object_patch("model_sampling", comfy.model_base.model_sampling(config, model_type))
-    return clone
-
-
-def sampling(model):
-    return model.get_model_object("model_sampling")
-
-
 def read_as(model, prediction):
     return Prediction.execute(model, prediction).args[0]
-
-
-def without_class(host):
-    """The state of a model_sampling object: everything but its class."""
-    state = {k: v for k, v in vars(host).items() if not k.startswith("_")}
-    return state | {k: v.tolist() for k, v in host.state_dict().items()}
 
 
 # ── every combination is exact ──────────────────────────────────────────────────────────────────────
@@ -138,15 +106,6 @@ def test_an_exact_network_of_that_kind_is_denoised_exactly(process, kind, batch)
             torch.testing.assert_close(model.model.apply_model(x, sigma), exact, rtol=2e-5, atol=atol)
     finally:
         model.unpatch_model()
-
-
-def sample(model, sampler="euler", scheduler="simple", steps=6, cfg=1.0):
-    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    text = torch.randn(1, 4, CONTEXT_WIDTH, generator=torch.Generator().manual_seed(1))
-    cond = [[text, {"pooled_output": text.mean(1)}]]
-    return comfy.sample.sample(
-        model, noise, steps, cfg, sampler, scheduler, cond, cond, torch.zeros(2, 3, 8, 8), seed=3
-    )
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "euler_ancestral"])
@@ -310,106 +269,6 @@ def test_the_wrong_kind_of_thing_is_named(execute):
     for thing, name in ((None, "NoneType"), ("model", "str"), (load_tiny_vae().patcher, "_Resample")):
         with pytest.raises(ValueError, match=f"expected a diffusion MODEL, got {name}"):
             execute(thing)
-
-
-# ── Flow Graft ──────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-@pytest.mark.parametrize("born", ["eps", "v_prediction"])
-@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-def test_graft_is_what_cores_sd3_node_makes(models, name, born, shift):
-    model = discrete(models[name], born)
-    before = fingerprint(model)
-    ours = sampling(FlowGraft.execute(model, shift).args[0])
-    theirs = sampling(nodes_model_advanced.ModelSamplingSD3().patch(model, shift)[0])
-    assert type(ours).__bases__ == type(theirs).__bases__
-    assert without_class(ours) == without_class(theirs)
-    sigma = ours.sigmas[[0, 300, -1]]
-    x, output, noise = (torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    for method, arguments in {
-        "timestep": (sigma,),
-        "sigma": (1000.0 * sigma,),
-        "calculate_input": (sigma, x),
-        "calculate_denoised": (sigma, output, x),
-        "noise_scaling": (sigma, noise, x),
-    }.items():
-        assert torch.equal(getattr(ours, method)(*arguments), getattr(theirs, method)(*arguments)), method
-    assert ours.percent_to_sigma(0.3) == theirs.percent_to_sigma(0.3)
-    assert fingerprint(model) == before
-
-
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
-def test_graft_draws_what_cores_sd3_node_draws(sampler):
-    model = load_tiny_model("unet-eps")
-    ours = sample(FlowGraft.execute(model, 3.0).args[0], sampler)
-    theirs = sample(nodes_model_advanced.ModelSamplingSD3().patch(model, 3.0)[0], sampler)
-    assert torch.equal(ours, theirs)
-    assert not torch.allclose(ours, sample(model, sampler), atol=1e-2)
-
-
-def test_graft_composes(models):
-    grafted = FlowGraft.execute(models["sdxl"], 3.0).args[0]
-    moved = FlowShift.execute(grafted, "shift", 6.0, 0.0, 64, 64).args[0]
-    assert without_class(sampling(moved)) == without_class(sampling(FlowGraft.execute(models["sdxl"], 6.0).args[0]))
-    assert prediction_of(sampling(read_as(moved, "x0"))) == "x0"
-    # Another noise process replaces the one before: nothing of it could be kept.
-    for upstream in (continuous("eps", 200.0, 0.01)(models["sdxl"]), models["sd3"], models["flux"], grafted):
-        with pytest.raises(ValueError, match=r"Flow Graft is for U-Nets|flow already.*Tidetable_FlowShift"):
-            FlowGraft.execute(upstream, 3.0)
-    with pytest.raises(ValueError, match="flow model.*Tidetable_FlowShift"):
-        ZeroTerminalSNR.execute(grafted)
-
-
-def test_describe_model_names_the_graft(models):
-    before, after = (
-        dict(line.split(": ", 1) for line in DescribeModel.execute(m).args[0].splitlines() if ": " in line)
-        for m in (models["sdxl"], FlowGraft.execute(models["sdxl"], 3.0).args[0])
-    )
-    assert before["family"] == after["family"] and "SDXL" in after["family"]
-    assert before["prediction"].startswith("eps") and after["prediction"].startswith("velocity")
-    assert before["process"].startswith("variance preserving") and after["process"].startswith("flow")
-    assert "flow-matching finetune" in after["process"] and "finetune" not in before["process"]
-    assert after["shift"].startswith("α 3.0000") and after["terminal SNR"] == "0 (pure noise)"
-    assert after["timestep"] == "σ·1000, the network sees 2.994 to 1000"
-    assert "finetune" not in DescribeModel.execute(models["flux"]).args[0]
-
-
-@pytest.mark.parametrize("shift", [0.0, -3.0, math.nan, math.inf])
-def test_graft_refuses_bad_numbers(models, shift):
-    with pytest.raises(ValueError, match=f"shift must be .*{shift}"):
-        FlowGraft.execute(models["sdxl"], shift)
-
-
-# ── the bridge, on a real network ───────────────────────────────────────────────────────────────────
-
-
-def test_the_bridge_takes_the_steps_of_comfyuis_euler():
-    """At rows of the table, where ComfyUI's rounding of timesteps does nothing: the same pictures in flow time."""
-    model = load_tiny_model("unet-eps")
-    host = model.model.model_sampling
-    sigmas = torch.cat([host.sigmas[[999, 870, 700, 480, 250, 60, 0]]])
-    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    text = torch.randn(1, 4, CONTEXT_WIDTH, generator=torch.Generator().manual_seed(1))
-    cond = [[text, {"pooled_output": text.mean(1)}]]
-    sampler = comfy.samplers.sampler_object("euler")
-    empty = torch.zeros(2, 3, 8, 8)
-    theirs = comfy.sample.sample_custom(model, noise, 1.0, sampler, sigmas, cond, cond, empty, seed=0)
-
-    ratios = sigmas.double().tolist()
-    times = [s / (1.0 + s) for s in ratios]
-    with training_session(model) as denoiser, torch.no_grad():
-        bridge = Bridge(denoiser.process)
-        conditions = [denoiser.condition(cond, empty[0].clone())] * 2
-        start = noise.clone() * math.sqrt(1.0 + ratios[0] ** 2)  # ComfyUI's start from the largest sigma
-        x = start * (1.0 - times[0])
-        for t, after in itertools.pairwise(times):
-            t_of_batch = torch.full((2,), t, dtype=torch.float64)
-            network = lambda sample, row: denoiser.predict(sample, row, conditions)  # noqa: E731
-            x = x + (after - t) * bridge.predict(network, denoiser.prediction, x, t_of_batch)
-    ours = model.model.process_latent_out(x / (1.0 - times[-1]))
-    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-5)
-    assert float(theirs.std()) > 0.1
 
 
 # ── one table, and a server ─────────────────────────────────────────────────────────────────────────

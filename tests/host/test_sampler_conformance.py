@@ -8,13 +8,8 @@ from tidetable.samplers import SAMPLERS
 from tidetable.tests.host import conformance
 
 
+pytestmark = pytest.mark.usefixtures("in_a_node")
 COUNT = 2048
-
-
-@pytest.fixture(autouse=True)
-def _as_in_a_node():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.mark.parametrize("name", conformance.cases("sampler-safe"))
@@ -29,6 +24,23 @@ def test_every_sampler_of_ours_is_right_on_flow(name):
     plain, guided = conformance.judge("tidetable", name, COUNT)
     assert plain.passed, plain
     assert guided is None or guided.passed, guided
+
+
+@pytest.mark.parametrize("arm", ["tidetable-eps", "tidetable-ztsnr"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_of_ours_is_right_where_there_is_no_flow(name, arm):
+    plain, guided = conformance.judge(arm, name, COUNT)
+    assert plain.passed, plain
+    assert guided is None or guided.passed, guided
+
+
+@pytest.mark.parametrize("arms", [("eps", "v"), ("tidetable-eps", "tidetable-v")], ids="-".join)
+def test_a_v_model_on_the_same_table_draws_what_an_eps_model_draws(arms):
+    """For every sampler, noise included: so what is right on eps is right on v."""
+    for name in conformance.cases(arms[0]):
+        eps, v = (conformance.run(arm, name, 12, 16, seed=3) for arm in arms)
+        torch.testing.assert_close(v, eps, rtol=0, atol=2e-3, msg=name)
+        assert float(eps.std()) > 0.5, name
 
 
 @pytest.mark.parametrize("name", CORRECTED)

@@ -19,23 +19,10 @@ from tidetable.nodes.schedules import Schedule
 from tidetable.runtime.model_sampling import patch_flow_shift
 from tidetable.runtime.tiny import build_patcher
 from tidetable.runtime.tiny_text import CONTEXT_WIDTH
-from tidetable.tests.host.model_zoo import discrete, zoo
 
 
-@pytest.fixture(autouse=True)
-def _as_in_a_node():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    made = {name: zoo(name) for name in ("sdxl", "sd3", "flux", "wan")}
-    made["flux-6"] = patch_flow_shift(made["flux"], "shift", 6.0, 0.0, 64, 64)[0]
-    return made | {"ztsnr": discrete(made["sdxl"], "v_prediction", zsnr=True)}
-
-
-NAMES = ("sdxl", "sd3", "flux", "wan", "flux-6", "ztsnr")
+pytestmark = pytest.mark.usefixtures("in_a_node")
+NAMES = ("sdxl", "sd3", "flux", "wan", "flux-6", "sdxl-ztsnr")
 SIGMAS = torch.linspace(1.0, 0.0, 11)
 
 
@@ -91,7 +78,7 @@ def test_split_by_percent_without_a_model_counts_steps():
 def test_split_by_log_snr(models, name):
     model = models[name]
     high, low = split(schedule(model), "log_snr", log_snr=-1.0, exact=True, model=model)
-    sigma = 1 / (1 + math.exp(-0.5)) if name not in ("sdxl", "ztsnr") else math.exp(0.5)
+    sigma = 1 / (1 + math.exp(-0.5)) if name not in ("sdxl", "sdxl-ztsnr") else math.exp(0.5)
     assert float(low[0]) == float(high[-1]) == pytest.approx(sigma, rel=1e-6)
 
 

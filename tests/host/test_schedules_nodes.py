@@ -1,9 +1,7 @@
 """The Schedule node on real ComfyUI models, against ComfyUI's own schedulers."""
 
 import math
-from types import SimpleNamespace
 
-import comfy.model_base
 import comfy.sample
 import comfy.samplers
 import pytest
@@ -18,28 +16,14 @@ from tidetable.runtime.schedules import SPACING_NAMES, noise_grid
 from tidetable.runtime.tiny import build_patcher
 from tidetable.runtime.tiny_text import CONTEXT_WIDTH
 from tidetable.schedules.process import VP
-from tidetable.tests.host.model_zoo import ZOO, discrete, zoo
+from tidetable.tests.host.model_zoo import ZOO, discrete
+from tidetable.tests.host.samplings import with_sampling
 
 
+pytestmark = pytest.mark.usefixtures("in_a_node")
 # The names that ComfyUI has too, and on which models its numbers are right.
 EVERYWHERE = ("simple", "karras", "exponential", "beta", "kl_optimal")
 IN_ROWS = ("normal", "sgm_uniform")  # right where there is no shift to be applied twice
-
-
-@pytest.fixture(autouse=True)
-def _as_in_a_node():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    made = {name: zoo(name) for name in ZOO}
-    made["sdxl-ztsnr"] = discrete(made["sdxl"], "v_prediction", zsnr=True)
-    made["flux-6"] = patch_flow_shift(made["flux"], "shift", 6.0, 0.0, 64, 64)[0]
-    return made
-
-
 NAMES = (*ZOO, "sdxl-ztsnr", "flux-6")
 
 
@@ -221,9 +205,7 @@ def test_reads_the_patched_model_not_the_checkpoint(models):
 @pytest.mark.parametrize("kind", [kind.name for kind in ModelType])
 @pytest.mark.parametrize("spacing", SPACING_NAMES)
 def test_every_model_type_of_the_host_has_schedules(models, kind, spacing):
-    model = models["sd15"].clone()
-    sampling = comfy.model_base.model_sampling(SimpleNamespace(sampling_settings={}), ModelType[kind])
-    model.add_object_patch("model_sampling", sampling)
+    model = with_sampling(models["sd15"], ModelType[kind])
     if (kind, spacing) == ("STABLE_CASCADE", "linear_quadratic"):  # its table begins with equal rows
         with pytest.raises(ValueError, match="20 different noise levels on this model's 10000 rows"):
             schedule(model, spacing, 20)

@@ -26,6 +26,7 @@ from tidetable.tests.host.guidance_models import (
     evaluate,
     normal,
     prompt,
+    sample,
     slot_taken,
 )
 
@@ -62,6 +63,24 @@ def assert_shared(model, guided, cfg=4.0, tolerance=3e-6, **options):
 def test_families(name):
     model = build_case(name)
     assert_shared(model, node(model), **conds_for(name))
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_half_precision(name):
+    model = build_case(name)
+    network = model.model.diffusion_model.to(torch.bfloat16)
+    network.dtype = torch.bfloat16
+    assert_shared(model, node(model), tolerance=0.1, **conds_for(name))  # bfloat16: 8 bits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_runs_do_not_know_of_each_other(name):
+    guided = node(build(name))
+    first = sample(guided)
+    with torch.inference_mode():  # as in ComfyUI's executor
+        sample(guided, cfg=1.0, steps=2)
+        assert torch.equal(sample(guided), first)
+        assert torch.equal(sample(guided.clone().clone()), first)
 
 
 PLACES = {

@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_easycache
 
 from tidetable.runtime.guidance import perturbed_attention
-from tidetable.runtime.reentry import Prefix
+from tidetable.runtime.reentry import CannotShare, Prefix, recording, resuming
 from tidetable.runtime.shared_prefix import evaluate_shared
 from tidetable.tests.host.comparing import fingerprint
 from tidetable.tests.host.guidance_families import build_case, conds_for
@@ -170,6 +170,17 @@ def test_what_did_not_work_is_done_in_the_ordinary_way_and_not_tried_again():
     assert_close(sample(guided, steps=3), sample(node(model, "off"), steps=3), 1e-4)
     assert calls[::2] == calls[1::2]
     assert calls[::2] == [*SHARED, *BATCHED, *BATCHED]
+
+
+def test_rows_that_nobody_names_are_not_recorded():
+    """Packs with an evaluation of their own may not say which cond entries a forward consists of."""
+    network = Network(way_around=False).requires_grad_(False)
+    prefix, records = Prefix(tuple(network.blocks[:2]), network.blocks[2]), {}
+    params = {"input": torch.zeros(2, 3, 4, 4), "cond_or_uncond": [0], "c": {"transformer_options": {}}}
+    recording(lambda _, params: network(params["input"], None), prefix, records)(None, params)
+    assert records == {}
+    with pytest.raises(CannotShare):
+        resuming(lambda *_: pytest.fail("the network was entered"), prefix, records)(None, params)
 
 
 # ── what it leaves behind ───────────────────────────────────────────────────────────────────────────────────────────

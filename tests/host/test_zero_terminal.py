@@ -1,9 +1,7 @@
 """Zero Terminal SNR on real ComfyUI models: the table, its cap, the steps without guidance, and what the node says."""
 
 import math
-from types import SimpleNamespace
 
-import comfy.model_base
 import comfy.sample
 import comfy.samplers
 import pytest
@@ -18,29 +16,10 @@ from tidetable.runtime.tiny import build_patcher, load_tiny_model, load_tiny_vae
 from tidetable.runtime.tiny_text import CONTEXT_WIDTH
 from tidetable.tests.host.comparing import fingerprint
 from tidetable.tests.host.model_zoo import discrete, zoo
+from tidetable.tests.host.samplings import sampling, with_sampling
 
 
-@pytest.fixture(autouse=True)
-def _as_in_a_node():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    return {name: zoo(name) for name in ("sd15", "sdxl", "sd3", "flux")}
-
-
-def with_sampling(model, model_type, **settings):
-    """`model` with the model_sampling that ComfyUI would build for another model type and other settings."""
-    config = SimpleNamespace(sampling_settings=settings)
-    clone = model.clone()
-    clone.add_object_patch("model_sampling", comfy.model_base.model_sampling(config, model_type))
-    return clone
-
-
-def sampling(model):
-    return model.get_model_object("model_sampling")
+pytestmark = pytest.mark.usefixtures("in_a_node")
 
 
 # ── the table ───────────────────────────────────────────────────────────────────────────────────────

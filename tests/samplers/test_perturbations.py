@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from tidetable.samplers.guidance.combine import perturbed_guidance, relative_difference, rescaled_guidance
+from tidetable.samplers.guidance.combine import perturbed_guidance, relative_difference, rescaled_perturbed_guidance
 from tidetable.samplers.guidance.interval import decayed, step_of
 from tidetable.samplers.guidance.perturb import (
     Picture,
@@ -123,17 +123,17 @@ def test_skipped_block_keeps_the_rows_and_writes_into_nothing():
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 5, 8, 8)])
 def test_rescale_zero_is_plain_guidance_and_it_is_linear_in_rescale(shape):
     denoised, cond, perturbed = (normal(*shape, seed=i) for i in range(3))
-    plain = rescaled_guidance(denoised, cond, perturbed, 3.0, 0.0)
+    plain = rescaled_perturbed_guidance(denoised, cond, perturbed, 3.0, 0.0)
     assert torch.equal(plain, perturbed_guidance(denoised, cond, perturbed, 3.0))
     for mode in ("full", "partial"):
-        half, whole = (rescaled_guidance(denoised, cond, perturbed, 3.0, r, mode) for r in (0.5, 1.0))
+        half, whole = (rescaled_perturbed_guidance(denoised, cond, perturbed, 3.0, r, mode) for r in (0.5, 1.0))
         torch.testing.assert_close(half, (plain + whole) / 2)
 
 
 @pytest.mark.parametrize("mode", ["full", "partial"])
 def test_whole_rescale_shrinks_the_term_by_the_ratio_of_the_spreads(mode):
     denoised, cond, perturbed = (normal(2, 3, 8, 8, seed=i) for i in range(3))
-    guided = rescaled_guidance(denoised, cond, perturbed, 3.0, 1.0, mode)
+    guided = rescaled_perturbed_guidance(denoised, cond, perturbed, 3.0, 1.0, mode)
     for i in range(2):  # by itself for each sample
         term = 3.0 * (cond[i] - perturbed[i])
         whole = (denoised[i] if mode == "full" else cond[i]) + term
@@ -142,11 +142,11 @@ def test_whole_rescale_shrinks_the_term_by_the_ratio_of_the_spreads(mode):
 
 def test_rescale_without_cfg_is_the_same_in_both_modes_and_agreement_needs_none():
     cond, perturbed = normal(2, 3, 8, 8), normal(2, 3, 8, 8, seed=1)
-    full, partial = (rescaled_guidance(cond, cond, perturbed, 3.0, 0.7, mode) for mode in ("full", "partial"))
+    full, partial = (rescaled_perturbed_guidance(cond, cond, perturbed, 3.0, 0.7, mode) for mode in ("full", "partial"))
     assert torch.equal(full, partial)
-    assert torch.equal(rescaled_guidance(cond, cond, cond, 3.0, 1.0), cond)
+    assert torch.equal(rescaled_perturbed_guidance(cond, cond, cond, 3.0, 1.0), cond)
     flat = torch.zeros_like(cond)
-    assert torch.equal(rescaled_guidance(flat, flat, flat, 3.0, 1.0), flat)
+    assert torch.equal(rescaled_perturbed_guidance(flat, flat, flat, 3.0, 1.0), flat)
 
 
 def test_relative_difference_is_a_fraction_of_the_prediction():
