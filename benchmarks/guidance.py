@@ -4,11 +4,12 @@
 
 - `flops_per_step`, `model_calls_per_step` and `peak_bytes` (tensors other than weights) of one guided evaluation at
   full size and depth, 1024 x 1024 pixels (SD1.5: 512), counted on shapes (counting.py): the same on every machine;
-- `seconds_per_step`: the median over rounds in which the arms take turns, on the size that published.py calls `timed`;
-  with --device cuda at full size, and then `allocated_bytes` is what torch's allocator saw at most, weights left out;
+- `seconds_per_step`: the median over rounds in which the arms take turns, on the size that published.py calls `timed`,
+  and `cpu_seconds_per_step`, the same of processor time, which other programs disturb less. With --device cuda at full
+  size, and beside it `allocated_bytes`: what torch's allocator held at most, weights left out;
 - all of these divided by those of arm `cfg`, which runs the conditional and the unconditional row alone, and
   `share_of_steps`: how much of a run may be guided for the whole run to cost 1.2 times CFG;
-- `flops_per_run` of a whole run with all but the block at its default, counted in the same way.
+- `flops_per_run` of a whole run of --run-steps, with all of the node at its default but the block and --end-percent.
 
 Arms: `cfg`; `core-pag`, ComfyUI's PerturbedAttentionGuidance (U-Nets only); `tidetable-plain`, our node with the
 perturbed row in the batch; `tidetable`, with the blocks before the perturbed one computed once.
@@ -36,6 +37,7 @@ UNITS = {
     "model_calls_per_step": "calls",
     "peak_bytes": "B",
     "seconds_per_step": "s",
+    "cpu_seconds_per_step": "s",
     "allocated_bytes": "B",
 }
 
@@ -47,6 +49,7 @@ def run(arguments: list[str]):
     parser.add_argument("--device", default="cpu", help="cuda: timed there, at full size")
     parser.add_argument("--rounds", type=int, default=5, help="timed evaluations per arm; 0 counts only")
     parser.add_argument("--run-steps", type=int, default=20, help="steps of the whole run; 0 leaves it out")
+    parser.add_argument("--end-percent", type=float, default=None, help="where guidance ends in the whole run")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -61,7 +64,9 @@ def run(arguments: list[str]):
                 results[arm].update(measured)
         yield from rows(name, results)
         if options.run_steps:
-            yield from run_rows(name, model, patcher, options.run_steps)
+            settings = {} if options.end_percent is None else {"end_percent": options.end_percent}
+            ours = tidetable(patcher, blocks=model.full.blocks, **settings)
+            yield from run_rows(name, model, {"cfg": patcher, "tidetable": ours}, options.run_steps)
 
 
 def rows(case: str, results: dict[str, dict[str, float]]):
@@ -77,12 +82,12 @@ def rows(case: str, results: dict[str, dict[str, float]]):
             yield case, arm, "share_of_steps", min((RUN_TARGET - 1.0) / more, 1.0), ""
 
 
-def run_rows(case: str, model: Published, patcher: ModelPatcher, steps: int):
-    ours = tidetable(patcher, blocks=model.full.blocks)
-    cfg, tide = (counting.count(arm, lambda clone: whole_run(model, clone, steps)).flops for arm in (patcher, ours))
-    yield case, "cfg", "flops_per_run", cfg, "FLOP"
-    yield case, "tidetable", "flops_per_run", tide, "FLOP"
-    yield case, "tidetable / cfg", "flops_per_run", tide / cfg, "x"
+def run_rows(case: str, model: Published, made: dict[str, ModelPatcher], steps: int):
+    flops = {}
+    for arm, patcher in made.items():
+        flops[arm] = counting.count(patcher, lambda clone: whole_run(model, clone, steps)).flops
+        yield case, arm, "flops_per_run", flops[arm], "FLOP"
+    yield case, "tidetable / cfg", "flops_per_run", flops["tidetable"] / flops["cfg"], "x"
 
 
 def arms(model: Published, shape: Shape, patcher: ModelPatcher) -> dict[str, ModelPatcher]:
@@ -116,19 +121,20 @@ def counted(model: Published, patcher: ModelPatcher) -> dict[str, dict[str, floa
 
 def timed(model: Published, shape: Shape, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
     """arm -> metric -> value: medians, after one evaluation each that does not count."""
-    patcher = published.build(model, shape, device)
-    seconds, allocated = {}, {}
-    evaluations = {}
-    for arm, made in arms(model, shape, patcher).items():
-        seconds[arm] = []
-        evaluations[arm] = evaluation(model, shape, made, seconds[arm])
+    taken, evaluations, allocated = {}, {}, {}
+    for arm, made in arms(model, shape, published.build(model, shape, device)).items():
+        taken[arm] = []
+        evaluations[arm] = evaluation(model, shape, made, taken[arm])
     for _ in range(rounds + 1):
         for arm, evaluate in evaluations.items():
             allocated[arm] = allocated_bytes(evaluate, device)
-    measured = {arm: {"seconds_per_step": statistics.median(taken[1:])} for arm, taken in seconds.items()}
-    if device.type == "cuda":
-        for arm, peak in allocated.items():
-            measured[arm]["allocated_bytes"] = peak
+    measured = {}
+    for arm, times in taken.items():
+        seconds, cpu_seconds = (statistics.median(column) for column in zip(*times[1:], strict=True))
+        on_device = (
+            {"allocated_bytes": allocated[arm]} if device.type == "cuda" else {"cpu_seconds_per_step": cpu_seconds}
+        )
+        measured[arm] = {"seconds_per_step": seconds, **on_device}
     return measured
 
 
@@ -143,16 +149,18 @@ def allocated_bytes(evaluate: Callable[[], object], device: torch.device) -> int
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def evaluation(model: Published, shape: Shape, patcher: ModelPatcher, seconds: list[float]) -> Callable[[], object]:
-    """A function that has ComfyUI's CFGGuider make one evaluation, and appends the seconds that it took."""
+def evaluation(
+    model: Published, shape: Shape, patcher: ModelPatcher, times: list[tuple[float, float]]
+) -> Callable[[], object]:
+    """A function that has ComfyUI's CFGGuider make one evaluation, and appends its (seconds, processor's seconds)."""
     device = patcher.load_device
 
     def sample(denoise, x, sigmas, extra_args, **_):
         synchronize(device)
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         denoised = denoise(x, sigmas[0].expand(len(x)), **extra_args)
         synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
         return denoised
 
     sigma = float(patcher.get_model_object("model_sampling").percent_to_sigma(0.4))
