@@ -70,9 +70,10 @@ def describe_blocks(network: nn.Module) -> str:
     places = perturbable_places(network)
     if places:
         return written(places)
-    lists = {name: child for name, child in network.named_children() if isinstance(child, nn.ModuleList) and len(child)}
     if _is_unet(network):
         return "a U-Net without self-attention"
+    kinds = (nn.ModuleList, nn.ModuleDict)
+    lists = {name: list(c.children()) for name, c in network.named_children() if isinstance(c, kinds) and len(c)}
     return ", ".join(f"{name}: {len(b)} x {type(b[0]).__name__}" for name, b in lists.items()) or "no lists of blocks"
 
 
@@ -127,13 +128,13 @@ def _places_of(
         return {MIDDLE}
     if word not in words:
         raise _refused(blocks, f"there is no {word!r}" if word else "a number needs a name before it", there)
-    places = [place for place in there if place[0] == words[word]]
+    places = {place for place in there if place[0] == words[word]}
     if first is None:
-        return set(places)
+        return places
     numbers = range(int(first), int(last or first) + 1)
-    missing = [i for i in numbers if (words[word], i) not in places]
-    if missing or not numbers:
-        raise _refused(blocks, f"there is no {word} {missing[0] if missing else f'{first}-{last}'}", there)
+    missing = next((i for i in numbers if (words[word], i) not in places), None)
+    if missing is not None or not numbers:
+        raise _refused(blocks, f"there is no {word} {f'{first}-{last}' if missing is None else missing}", there)
     return {(words[word], i) for i in numbers}
 
 

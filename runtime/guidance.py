@@ -128,7 +128,7 @@ def _check(name: str, value: float, low: float, high: float, hint: str) -> None:
 def predict_with_perturbed(args: dict) -> list[Tensor]:
     """An `Evaluate` stage: [cond, uncond]; where guidance acts, with the perturbed ones in the batch."""
     conds, terms = args["conds"], _active_terms(args)
-    if not terms or conds[0] is None or "model_function_wrapper" in args["model_options"]:
+    if not terms or conds[0] is None or _must_be_apart(conds[0], args["model_options"]):
         return cond_batch.evaluate_plainly(args)
     perturbations = _perturbations(terms)
     predictions = _predict_together(args, terms, perturbations)
@@ -253,14 +253,21 @@ def _evaluate(args: dict, conds: list, cond: list[dict], perturbations: list[Per
 
 
 def _evaluate_by_itself(args: dict, perturbations: list[Perturbation]) -> dict[Perturbation, Tensor]:
-    """The perturbed predictions without the others: one by one where another pack may rearrange the rows of a batch."""
-    alone = "model_function_wrapper" in args["model_options"]
-    batches = [[perturbation] for perturbation in perturbations] if alone else [perturbations]
+    """The perturbed predictions without the others, in one batch where that may be."""
+    apart = _must_be_apart(args["cond"], args["model_options"])
+    batches = [[perturbation] for perturbation in perturbations] if apart else [perturbations]
     return {
         perturbation: prediction
         for batch in batches
         for perturbation, prediction in zip(batch, _evaluate(args, [], args["cond"], batch), strict=True)
     }
+
+
+def _must_be_apart(cond: list[dict], model_options: dict) -> bool:
+    """Whether another pack may rearrange the rows of a batch, or the network takes one row at a time."""
+    # HunyuanVideo writes into the expanded positions of its reference picture.
+    one_row = any("ref_latent" in entry["model_conds"] for entry in cond)
+    return one_row or "model_function_wrapper" in model_options
 
 
 def _apply(apply_model: Callable, params: dict) -> Tensor:

@@ -45,7 +45,11 @@ def step_of(sigma: float, sigmas: Sequence[float]) -> int:
 def decayed(log_snr: float, first: float, last: float, decay: float) -> float:
     """(1 − u)^decay, where u goes from 0 to 1 as `log_snr` goes from `first` to `last`, both finite; 1 for decay 0.
 
+    An interval without length, `first` = `last`, has nothing to fall over: 1.
+
     In log-SNR a decay means the same for every noise schedule and every timestep convention.
     """
+    if first == last:
+        return 1.0
     u = (log_snr - first) / (last - first)
     return (1.0 - min(max(u, 0.0), 1.0)) ** decay

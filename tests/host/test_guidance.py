@@ -187,6 +187,19 @@ def test_other_networks_are_refused_with_their_blocks():
     assert node(model, scale=0.0).model is model.model  # off is off for every model
 
 
+def test_networks_whose_sequences_are_not_known_are_refused_though_they_derive_from_a_known_one():
+    from comfy.ldm.wan.model import WanModel
+
+    class SCAILWanModel(WanModel):  # ComfyUI 0.33 has one of that name
+        pass
+
+    sizes = {"dim": 48, "ffn_dim": 32, "freq_dim": 16, "text_dim": 16, "num_heads": 2, "num_layers": 3}
+    model = build()
+    model.add_object_patch("diffusion_model", SCAILWanModel(**sizes, operations=comfy.ops.manual_cast))
+    with pytest.raises(ValueError, match="SCAILWanModel has no blocks.*blocks: 3 x WanAttentionBlock"):
+        node(model)
+
+
 @pytest.mark.parametrize("taken", [False, True])
 def test_unet_hook_taken_away_by_another_pack(taken):
     model = build()

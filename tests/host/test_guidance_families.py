@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tidetable.runtime.blocks import block_lists, find_target
-from tidetable.tests.host.guidance_families import CASE_PARAMETERS, CASES, build_case, conds_for, values_for
-from tidetable.tests.host.guidance_models import SCALE, assert_close, counted, evaluate, node, slot_taken
+from tidetable.tests.host.guidance_cases import CASES
+from tidetable.tests.host.guidance_families import CASE_PARAMETERS, build_case, conds_for, expected_for
+from tidetable.tests.host.guidance_models import assert_close, counted, evaluate, node, slot_taken
 
 
 families = pytest.mark.parametrize("name", CASE_PARAMETERS)
@@ -16,11 +17,7 @@ def test_pag_is_the_formula_with_identity_attention_computed_directly(name):
     model, conds = build_case(name), conds_for(name)
     guided = node(model)
     for cfg in (1.0, 4.0):
-        cond = evaluate(model, 1.0, **conds)
-        with values_for(name, model):
-            perturbed = evaluate(model, 1.0, **conds)
-        assert (cond - perturbed).abs().mean() > 1e-3 * cond.abs().mean()  # otherwise nothing would be tested
-        expected = evaluate(model, cfg, **conds) + SCALE * (cond - perturbed)
+        expected = expected_for(name, model, evaluate(model, cfg, **conds), **conds)
         assert_close(evaluate(guided, cfg, **conds), expected, 1e-4)
         assert_close(evaluate(slot_taken(guided), cfg, **conds), expected, 1e-4)
 

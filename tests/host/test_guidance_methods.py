@@ -8,7 +8,8 @@ import torch
 from tidetable.runtime.attention_targets import BlockTarget, unet_block
 from tidetable.runtime.blocks import find_target
 from tidetable.samplers.guidance.perturb import permutations_at
-from tidetable.tests.host.guidance_families import CASE_PARAMETERS, CASES, build_case, conds_for
+from tidetable.tests.host.guidance_cases import CASES
+from tidetable.tests.host.guidance_families import CASE_PARAMETERS, build_case, conds_for
 from tidetable.tests.host.guidance_models import SCALE, assert_close, evaluate, node, slot_taken
 
 

@@ -189,6 +189,7 @@ def test_the_same_perturbation_in_other_words_is_shared():
         ("flux", "double 1,", None),
         ("flux", "double -1", None),
         ("flux", "double 1.5", None),
+        ("flux", "single 0-999999999999", None),
     ],
 )
 def test_the_grammar_of_blocks(name, blocks, places):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from comfy import context_windows
 from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras import nodes_easycache
 
 from tidetable.runtime.guidance import perturbed_attention
 from tidetable.runtime.reentry import CannotShare, Prefix, recording, resuming
-from tidetable.runtime.shared_prefix import evaluate_shared
+from tidetable.runtime.shared_prefix import evaluate_shared, find_prefix
 from tidetable.tests.host.comparing import fingerprint
 from tidetable.tests.host.guidance_families import build_case, conds_for
 from tidetable.tests.host.guidance_models import (
@@ -62,9 +63,6 @@ OBSTACLES = {
     "patch that mixes rows": lambda m: m.set_model_attn1_output_patch(lambda out, extra: out),
     "patch of blocks": lambda m: m.set_model_patch(lambda args: args, "double_block"),
     "patch of input blocks": lambda m: m.set_model_input_block_patch(lambda h, options: h),
-    "compiled": lambda m: m.add_wrapper_with_key(
-        WrappersMP.APPLY_MODEL, "torch.compile", lambda f, *a, **k: f(*a, **k)
-    ),
 }
 
 
@@ -104,6 +102,20 @@ def test_first_block_has_nothing_before_it():
     guided, calls = counted(node(model, blocks="input 3, middle"))
     evaluate(guided, **conds_for("sd15"))
     assert calls == BATCHED
+
+
+def test_compiled_networks_are_left_alone():
+    model, found = build(), []
+
+    def slot(args):
+        found.append(find_prefix(args, [("middle_block", 0)]))
+        return [args["input"]] * 2
+
+    model.set_model_sampler_calc_cond_batch_function(slot)
+    evaluate(model)
+    set_torch_compile_wrapper(model, backend="eager")
+    evaluate(model)
+    assert [prefix is None for prefix in found] == [False, True]
 
 
 def test_conds_that_change_weights():
@@ -172,15 +184,27 @@ def test_what_did_not_work_is_done_in_the_ordinary_way_and_not_tried_again():
     assert calls[::2] == [*SHARED, *BATCHED, *BATCHED]
 
 
-def test_rows_that_nobody_names_are_not_recorded():
-    """Packs with an evaluation of their own may not say which cond entries a forward consists of."""
-    network = Network(way_around=False).requires_grad_(False)
-    prefix, records = Prefix(tuple(network.blocks[:2]), network.blocks[2]), {}
-    params = {"input": torch.zeros(2, 3, 4, 4), "cond_or_uncond": [0], "c": {"transformer_options": {}}}
-    recording(lambda _, params: network(params["input"], None), prefix, records)(None, params)
-    assert records == {}
-    with pytest.raises(CannotShare):
-        resuming(lambda *_: pytest.fail("the network was entered"), prefix, records)(None, params)
+@pytest.mark.parametrize("forwards", [[], ["another"], ["this", "this"]])
+def test_rows_that_were_not_recorded_once(forwards):
+    """Packs with an evaluation of their own may not name the cond entries of a forward, or go through one in parts."""
+    network, records, resumed = Network(way_around=False).requires_grad_(False), {}, []
+    prefix = Prefix(tuple(network.blocks[:2]), network.blocks[2])
+
+    def params(name):
+        options = {"transformer_options": {"uuids": [name]} if name else {}}
+        return {"input": torch.zeros(2, 3, 4, 4), "cond_or_uncond": [0], "c": options}
+
+    def apply(apply_model, params):
+        return network(params["input"], None)
+
+    for name in ["", *forwards]:
+        recording(apply, prefix, records)(None, params(name))
+    for name in ["", "this"]:
+        with pytest.raises(CannotShare):
+            resumed.append(resuming(apply, prefix, records)(None, params(name)))
+    recording(apply, prefix, records)(None, params("new"))
+    assert torch.equal(resuming(apply, prefix, records)(None, params("new")), apply(None, params("new")))
+    assert not resumed
 
 
 # ── what it leaves behind ───────────────────────────────────────────────────────────────────────────────────────────

@@ -172,6 +172,7 @@ def test_decay_falls_from_one_to_zero_and_zero_is_constant(log_snr, decay):
     assert decayed(-8.0, -8.0, 8.0, decay) == 1.0
     assert decayed(8.0, -8.0, 8.0, decay + 0.1) == 0.0
     assert decayed(log_snr + 0.5, -8.0, 8.0, decay) <= weight
+    assert decayed(log_snr, 8.0, 8.0, decay) == 1.0
 
 
 def test_decay_one_is_linear_in_log_snr():
