@@ -1,4 +1,4 @@
-"""Training on a MODEL that others have worked on: LoRAs, hooks, wrappers, torch.compile. And queued runs on a server."""
+"""Training on a MODEL that others have worked on (LoRAs, hooks, wrappers, torch.compile), and runs on a server."""
 
 import json
 import time
@@ -117,17 +117,17 @@ def log_lines(server, name):
 
 def test_cancel_queue_again_and_finish_now(client, comfy_server, object_info):
     """The whole story as a user has it: two cancels, each queue goes on, and a lower `steps` returns the LoRA."""
-    reached = 0
+    reached = 0  # newer ComfyUI shows progress every half percent: five steps of a thousand
     for _ in range(2):
         shown = []
 
         def cancel(kind, event, shown=shown):
             if kind == "progress" and event["node"] == "6":
                 shown.append(event["value"])
-                if len(shown) == 4:
+                if len(shown) == 2:
                     client.interrupt()
 
-        prompt = training_prompt(object_info, 11, 50_000, "story.jsonl")
+        prompt = training_prompt(object_info, 11, 1000, "story.jsonl")
         with pytest.raises(InterruptedPromptError):
             client.run(prompt, cancel)
         steps = [line["step"] for line in log_lines(comfy_server, "story.jsonl") if line["event"] == "StepDone"]
