@@ -19,6 +19,20 @@ def loras_folder() -> Path:
     return output if output in listed or not listed else listed[0]
 
 
+def runs_folder() -> Path:
+    """Where runs keep their checkpoints, each in a folder of its own."""
+    return Path(folder_paths.get_output_directory()) / "tidetable" / "runs"
+
+
+def log_file(name: str) -> Path:
+    """A file of this name under ComfyUI's output folder. ValueError for a name that leaves it."""
+    base = Path(folder_paths.get_output_directory()).resolve()
+    path = (base / name).resolve() if "\0" not in name else base
+    if path == base or base not in path.parents:
+        raise ValueError(f"{name!r} is not a file inside {base}: use a plain name, or sub/name.jsonl")
+    return path
+
+
 def save_lora(tensors: dict[str, Tensor], prefix: str, metadata: dict[str, str]) -> Path:
     """Write `<prefix>_<counter>_.safetensors` into the loras folder and return its path.
 

@@ -3,17 +3,22 @@
 ComfyUI's progress bar, the page, and the cancel button on its way back.
 """
 
+import logging
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import torch
 from comfy_execution.utils import get_executing_context
 
-from ..training.events import Event, StepDone, Validated
+from ..training.events import Event, Notice, StepDone, Validated
 from .server import prompt_server
 
 
+logger = logging.getLogger(__name__)
 EVENT = "tidetable.train"
 SECONDS_BETWEEN_EVENTS = 0.2
 
@@ -32,18 +37,35 @@ class TrainingReporter:
         self.learning_rates: list[float] = []
         self.grad_norms: list[float] = []
         self.validations: list[Validated] = []
+        self.listeners: list[Callable[[Event], None]] = []
+        """Called with every event that is recorded, before a cancel is noticed: what they save is up to date."""
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Validated):
             self.validations.append(event)
             self._send({"step": event.step, "validation_loss": event.loss})
+        elif isinstance(event, Notice):
+            self.say(event.text)
         else:
             self.losses.append(event.loss)
             self.learning_rates.append(event.learning_rate)
             self.grad_norms.append(event.grad_norm)
             self.bar.update_absolute(event.step, event.steps)
             self._send_step(event)
+        for listener in self.listeners:
+            listener(event)
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def history(self, step: int) -> dict[str, Any]:
+        """The course of the run up to `step`, for a checkpoint. A validation at `step` itself is made again."""
+        series = [self.losses, self.learning_rates, self.grad_norms]
+        validations = [(event.step, event.loss, event.by_t) for event in self.validations if event.step < step]
+        return {"series": [torch.tensor(values, dtype=torch.float64) for values in series], "validations": validations}
+
+    def load_history(self, saved: dict[str, Any]) -> None:
+        """Go on with the curves of an earlier part of the run."""
+        self.losses, self.learning_rates, self.grad_norms = (values.tolist() for values in saved["series"])
+        self.validations = [Validated(*values) for values in saved["validations"]]
 
     def loss_map(self) -> dict[str, list[float] | list[int] | float]:
         """ComfyUI's LOSS_MAP, with more series than core's for plots that know them."""
@@ -73,6 +95,13 @@ class TrainingReporter:
                 "seconds": now - self.started,
             }
         )
+
+    def say(self, text: str) -> None:
+        """To the log, and to the text below the node."""
+        logger.warning("%s", text)
+        server = prompt_server()
+        if server is not None and self.node_id is not None:
+            server.send_progress_text(text, self.node_id)
 
     def _send(self, payload: dict[str, float]) -> None:
         server = prompt_server()

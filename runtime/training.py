@@ -21,6 +21,7 @@ from .lora_keys import LoRAModel, apply_lora, to_lora_model
 from .paths import save_lora
 from .progress import TrainingReporter
 from .trainable import ComfyDenoiser, training_session
+from .training_run import RunConfig, RunKeeper, fingerprint, guard_of
 
 
 logger = logging.getLogger(__name__)
@@ -62,10 +63,12 @@ def train_lora(
     config: TrainConfig,
     lora_config: LoRAConfig,
     node_id: str | None = None,
+    run: RunConfig | None = None,
 ) -> TrainingResult:
     """Train a LoRA on the model as it is loaded and patched now. The model itself is left exactly as it was.
 
     When the run is cut short (cancel, out of memory, an error), what was learned is saved to the loras folder first.
+    With `run`, a checkpoint is saved too, and the same call goes on from there.
     """
     samples = data.samples()
     reporter = TrainingReporter(config.steps, node_id)
@@ -76,30 +79,46 @@ def train_lora(
         dataset, held_out = split_held_out(
             denoiser.dataset(samples, data.positive, data.negative), data.validation_percent
         )
-        trainer = Trainer(config, denoiser, network.trainable(), dataset, held_out)
+        trainer = Trainer(config, denoiser, network.trainable(), dataset, held_out, guard_of(run))
+        identity = fingerprint(denoiser, trainer, lora_config) if run else {}
+        keeper = RunKeeper(run, trainer, reporter, identity) if run else None
         logger.info("training %d adapters on %d samples", len(layers), len(dataset))
 
         def current() -> LoRAModel:
             return to_lora_model(network, metadata(trainer, lora_config, denoiser, reporter))
 
         with network.installed():
-            run_or_rescue(trainer, reporter, current)
+            run_or_rescue(trainer, reporter, current, keeper)
         lora = current()
     return TrainingResult(apply_lora(model, lora), lora, reporter.loss_map())
 
 
-def run_or_rescue(trainer: Trainer, reporter: TrainingReporter, current: Callable[[], LoRAModel]) -> None:
-    """Consume the run. Whatever ends it early, the state so far goes to a file, and the reason goes on to ComfyUI."""
+def run_or_rescue(
+    trainer: Trainer,
+    reporter: TrainingReporter,
+    current: Callable[[], LoRAModel],
+    keeper: RunKeeper | None = None,
+) -> None:
+    """Consume the run. Whatever ends it early, the state so far goes to files, and the reason goes on to ComfyUI."""
     try:
         for event in trainer.run():
             reporter(event)
     except BaseException:  # cancelling is a BaseException in newer ComfyUI
         if trainer.step:
-            trainer.finish()
-            lora = current()
-            path = save_lora(lora, f"{RESCUE_PREFIX}_step{trainer.step}", lora.metadata)
-            logger.warning("training stopped at step %d of %d; saved %s", trainer.step, trainer.config.steps, path)
+            _rescue(trainer, current, keeper)
         raise
+
+
+def _rescue(trainer: Trainer, current: Callable[[], LoRAModel], keeper: RunKeeper | None) -> None:
+    if keeper is not None:
+        keeper.save()  # before the moving average takes the place of the weights
+    trainer.finish()
+    lora = current()
+    try:
+        path = save_lora(lora, f"{RESCUE_PREFIX}_step{trainer.step}", lora.metadata)
+        logger.warning("training stopped at step %d of %d; saved %s", trainer.step, trainer.config.steps, path)
+    except ValueError as error:  # the reason for the stop matters more than this
+        logger.error("training stopped at step %d of %d; %s", trainer.step, trainer.config.steps, error)
 
 
 def split_held_out(dataset: Dataset, percent: int) -> tuple[Dataset, Dataset | None]:

@@ -1,6 +1,7 @@
 """The training loop. It yields events and knows nothing of nodes, files or progress bars."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from .config import TrainConfig
 from .data import BatchOrder, Dataset, step_generator
 from .events import Event, StepDone
+from .guard import Guard
 from .objective import loss_for_batch
 from .optim import MovingAverage, build_optimizer, learning_rate
 from .protocols import TrainableDenoiser
@@ -32,6 +34,7 @@ class Trainer:
         parameters: Sequence[Tensor],
         dataset: Dataset,
         held_out: Dataset | None = None,
+        guard: Guard | None = None,
     ):
         if not parameters:
             raise ValueError("there is nothing to train: no parameter was given")
@@ -48,17 +51,26 @@ class Trainer:
         self.order = BatchOrder(dataset, config.batch_size, config.seed)
         self.optimizer = build_optimizer(self.parameters, config)
         self.average = MovingAverage(self.parameters, config.ema_decay) if config.ema_decay > 0 else None
+        self.guard = guard
         self.step = 0
         self.skipped = 0
+        self.rate_scale = 1.0
+        self.whole = True
+        """False for the moment in which an update is half made: `state` is then worth nothing."""
 
     def run(self) -> Iterator[Event]:
-        """Yield a `StepDone` per step and a `Validated` before the first, every so often, and after the last."""
-        if self.held_out is not None:
+        """Yield a `StepDone` per step and a `Validated` before the first, every so often, and after the last.
+
+        After `load_state` it goes on where that run was, bit for bit on the same machine.
+        """
+        if self._validation_is_due():
             yield self._validate()
-        every = self.config.validate_every
         while self.step < self.config.steps:
             yield self.train_step()
-            if self.held_out is not None and every and self.step % every == 0 and self.step < self.config.steps:
+            if self.guard is not None:
+                while self.guard.notices:
+                    yield self.guard.notices.pop(0)
+            if self._validation_is_due():
                 yield self._validate()
         self.finish()
         if self.held_out is not None:
@@ -69,17 +81,58 @@ class Trainer:
         if self.average is not None and self.average.updates:
             self.average.copy_to_parameters()
 
+    def weights(self) -> dict[str, Any]:
+        """What an update changes: references to parameters, optimizer state and moving average."""
+        average = self.average and {"average": self.average.average, "updates": self.average.updates}
+        return {"parameters": self.parameters, "optimizer": self.optimizer.state_dict(), "average": average}
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, Any]) -> None:
+        """Take over the tensors of `weights`. ValueError where they do not fit."""
+        if [p.shape for p in weights["parameters"]] != [p.shape for p in self.parameters]:
+            raise ValueError("the saved weights have other shapes than those of this run: use the same rank and layers")
+        if (weights["average"] is None) != (self.average is None):
+            raise ValueError("only one of the saved run and this one has a moving average: use the same ema_decay")
+        for parameter, saved in zip(self.parameters, weights["parameters"], strict=True):
+            parameter.copy_(saved)
+        self.optimizer.load_state_dict(weights["optimizer"])
+        if self.average is not None:
+            for average, saved in zip(self.average.average, weights["average"]["average"], strict=True):
+                average.copy_(saved)
+            self.average.updates = weights["average"]["updates"]
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a run needs to go on, as nested dicts and lists of tensors and plain values."""
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "rate_scale": self.rate_scale,
+            "weights": self.weights(),
+            "guard": self.guard and self.guard.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken. ValueError where its weights do not fit."""
+        self.load_weights(state["weights"])
+        self.step, self.skipped, self.rate_scale = state["step"], state["skipped"], state["rate_scale"]
+        if self.guard is not None and state["guard"] is not None:
+            self.guard.load_state(state["guard"])
+
     def train_step(self) -> StepDone:
-        rate = learning_rate(self.step, self.config)
+        rate = learning_rate(self.step, self.config) * self.rate_scale
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = self._forward_backward(step_generator(self.config.seed, self.step))
         norm = self._clip_gradients()
         healthy = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
+        if self.guard is not None:
+            healthy = self.guard.accepts(self, loss.item(), norm.item())
         if healthy:
+            self.whole = False
             self.optimizer.step()
             if self.average is not None:
                 self.average.update()
+            self.whole = True
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped = 0 if healthy else self.skipped + 1
         if self.skipped >= MAX_SKIPPED:
@@ -88,6 +141,8 @@ class Trainer:
                 f"lower learning_rate (now {self.config.learning_rate}) or check the latents for nan"
             )
         self.step += 1
+        if self.guard is not None:
+            self.guard.after_step(self, healthy)
         return StepDone(self.step, self.config.steps, loss.item(), rate, norm.item(), not healthy)
 
     def _forward_backward(self, generator: torch.Generator) -> Tensor:
@@ -109,6 +164,12 @@ class Trainer:
     def _clip_gradients(self) -> Tensor:
         limit = self.config.max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], limit)
+
+    def _validation_is_due(self) -> bool:
+        if self.held_out is None or self.step == 0:
+            return self.held_out is not None
+        every = self.config.validate_every
+        return bool(every) and self.step % every == 0 and self.step < self.config.steps
 
     def _validate(self):
         assert self.held_out is not None

@@ -17,7 +17,7 @@ class StepDone:
     learning_rate: float
     grad_norm: float
     skipped: bool
-    """True where loss or gradient was not finite and the weights were left alone."""
+    """True where loss or gradient was not finite (with a guard: or a spike) and the weights were left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,4 +29,12 @@ class Validated:
     by_t: tuple[tuple[float, float], ...]
 
 
-Event = StepDone | Validated
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that the user should know: what the guard found after `step` steps, and what it did."""
+
+    step: int
+    text: str
+
+
+Event = StepDone | Validated | Notice
