@@ -14,7 +14,8 @@ from . import (
     schedules,
     tiny,
     training,
-    training_settings,
+    training_objective,
+    training_run,
 )
 
 
@@ -28,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     *plots.NODES,
     *guidance.NODES,
     *training.NODES,
-    *training_settings.NODES,
+    *training_objective.NODES,
+    *training_run.NODES,
     *tiny.NODES,
 ]

@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..runtime.saving import save_lora_model
 from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
-from .training_settings import RunSettings
+from .training_objective import ObjectiveSettings, TimestepDensitySettings
+from .training_run import RunSettings
 
 
 _TRAIN, _LORA = TrainConfig(), LoRAConfig()
@@ -186,6 +187,18 @@ class TrainLoRA(io.ComfyNode):
                 io.Conditioning.Input(
                     "empty", optional=True, tooltip="Conditioning of the empty prompt, for caption_dropout."
                 ),
+                ObjectiveSettings.Input(
+                    "objective",
+                    optional=True,
+                    tooltip="From Training Objective: loss, weights, noise, flow matching. Not connected: the model's"
+                    " own prediction, mean squared error.",
+                ),
+                TimestepDensitySettings.Input(
+                    "timestep_density",
+                    optional=True,
+                    tooltip="From Timestep Density, in place of density, logit_mean and logit_std. Not connected: these"
+                    " three.",
+                ),
                 RunSettings.Input(
                     "run",
                     optional=True,
@@ -203,7 +216,8 @@ class TrainLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latents, positive, validation_percent, empty=None, run=None, **settings) -> io.NodeOutput:
-        single = {name: value[0] for name, value in settings.items()}
+        # An optional input that is not connected is missing, or a list of one None.
+        single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
         lora_config = LoRAConfig(
             **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
         )

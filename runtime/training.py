@@ -18,6 +18,7 @@ from ..training.config import LoRAConfig, TrainConfig
 from ..training.data import Dataset
 from ..training.engine import Trainer
 from .lora_keys import LoRAModel, apply_lora, to_lora_model
+from .objective import prepare, seen_in_flow
 from .paths import save_lora
 from .progress import TrainingReporter
 from .trainable import ComfyDenoiser, training_session
@@ -71,6 +72,7 @@ def train_lora(
     With `run`, a checkpoint is saved too, and the same call goes on from there.
     """
     samples = data.samples()
+    model, config = prepare(model, config)
     reporter = TrainingReporter(config.steps, node_id)
     memory = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
     with training_session(model, memory) as denoiser:
@@ -79,7 +81,8 @@ def train_lora(
         dataset, held_out = split_held_out(
             denoiser.dataset(samples, data.positive, data.negative), data.validation_percent
         )
-        trainer = Trainer(config, denoiser, network.trainable(), dataset, held_out, guard_of(run))
+        seen = seen_in_flow(denoiser, config.objective)
+        trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run))
         identity = fingerprint(denoiser, trainer, lora_config) if run else {}
         keeper = RunKeeper(run, trainer, reporter, identity) if run else None
         logger.info("training %d adapters on %d samples", len(layers), len(dataset))
@@ -160,7 +163,12 @@ def metadata(
         "ss_seed": config.seed,
         "ss_max_grad_norm": config.max_grad_norm,
         "ss_caption_dropout_rate": config.caption_dropout,
-        "ss_timestep_sampling": config.density,
+        "ss_timestep_sampling": config.timestep_density.density if config.timestep_density else config.density,
+        "ss_min_snr_gamma": config.objective.gamma if config.objective.weighting == "min_snr" else None,
+        "ss_noise_offset": config.objective.offset_noise or None,
+        "ss_ip_noise_gamma": config.objective.input_perturbation or None,
+        "ss_multires_noise_discount": config.objective.pyramid_discount or None,
+        "ss_loss_type": {"mse": "l2"}.get(config.objective.loss, config.objective.loss),
         "ss_discrete_flow_shift": denoiser.shift,
         "ss_training_finished_at": time.time(),
         "modelspec.sai_model_spec": "1.0.1",
@@ -173,4 +181,8 @@ def metadata(
         "tidetable_validation": [event.loss for event in reporter.validations],
         "tidetable_config": {"train": asdict(config), "lora": asdict(lora_config)},
     }
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in values.items()
+        if value is not None
+    }

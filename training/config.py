@@ -1,8 +1,11 @@
 """What a training run is told, and the one home of its defaults: the node, the scripts and the tests read them here."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from .recipe import DensityConfig, ObjectiveConfig
+from .recipe import require as _require
 
 
 Density = Literal["auto", "uniform", "logit_normal"]
@@ -42,6 +45,10 @@ class TrainConfig:
     """Steps between two validations; 0 validates only before the first and after the last step."""
     seed: int = 0
     """Everything random follows from (seed, step)."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """How an error becomes a loss."""
+    timestep_density: DensityConfig | None = None
+    """How t is drawn, in place of `density`, `logit_mean` and `logit_std`; None: these three."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size"):
@@ -72,8 +79,3 @@ class LoRAConfig:
     def __post_init__(self):
         _require(1 <= self.rank <= 512, "rank", self.rank, "in 1..512")
         _require(math.isfinite(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value}, but it must be {allowed}")

@@ -10,10 +10,11 @@ from .config import TrainConfig
 from .data import BatchOrder, Dataset, step_generator
 from .events import Event, StepDone
 from .guard import Guard
+from .noise import shape_noise
 from .objective import loss_for_batch
 from .optim import MovingAverage, build_optimizer, learning_rate
 from .protocols import TrainableDenoiser
-from .timesteps import sample_t
+from .timesteps import draw_t, sample_t
 from .validation import validate
 
 
@@ -149,17 +150,24 @@ class Trainer:
         rows = self.order.indices(self.step)
         x0 = torch.stack([self.dataset.latents[i] for i in rows])
         eps = torch.randn(x0.shape, generator=generator).to(x0)
-        flow = self.denoiser.process.name == "flow"
-        t = self.denoiser.snap(sample_t(self.config, len(rows), flow, self.denoiser.shift, generator))
+        t = self.denoiser.snap(self._draw_t(x0, generator))
         keep = torch.rand(len(rows), generator=generator) >= self.config.caption_dropout
         conditions = [
             self.dataset.conditions[i] if kept else self.dataset.empty_condition
             for i, kept in zip(rows, keep.tolist(), strict=True)
         ]
+        objective = self.config.objective
+        eps, seen = shape_noise(eps, x0, objective, generator)
         with self.denoiser.gradient_context():
-            loss = loss_for_batch(self.denoiser, x0, conditions, eps, t).mean()
+            loss = loss_for_batch(self.denoiser, x0, conditions, eps, t, objective, seen).mean()
             loss.backward()
         return loss.detach()
+
+    def _draw_t(self, x0: Tensor, generator: torch.Generator) -> Tensor:
+        process, shift = self.denoiser.process, self.denoiser.shift
+        if self.config.timestep_density is None:
+            return sample_t(self.config, len(x0), process.name == "flow", shift, generator)
+        return draw_t(self.config.timestep_density, len(x0), x0.shape[1:], process, shift, generator)
 
     def _clip_gradients(self) -> Tensor:
         limit = self.config.max_grad_norm or float("inf")

@@ -4,11 +4,16 @@ t in [0, 1] is the noise fraction. Shifting by alpha multiplies the odds t/(1-t)
 logit-normal whose mean is larger by ln(alpha) (reference: Esser et al. 2024, arXiv:2403.03206, section 3.1 and B.2).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..schedules.process import Flow, NoiseProcess
 from ..schedules.shift import shift_t
 from .config import TrainConfig
+from .densities import density_shift, logit_normal_icdf, shifted_quantile, uniform_icdf
+from .recipe import DensityConfig
 
 
 OPEN_INTERVAL = 1e-5
@@ -21,15 +26,6 @@ def stratified_uniform(count: int, generator: torch.Generator) -> Tensor:
     return (torch.randperm(count, generator=generator) + offsets) / count
 
 
-def uniform_icdf(u: Tensor) -> Tensor:
-    return u
-
-
-def logit_normal_icdf(u: Tensor, mean: float, std: float) -> Tensor:
-    """Quantiles [B] of the logit-normal density: sigmoid(mean + std · Phi^-1(u))."""
-    return torch.sigmoid(mean + std * torch.special.ndtri(u))
-
-
 def sample_t(config: TrainConfig, count: int, flow: bool, shift: float, generator: torch.Generator) -> Tensor:
     """[count] float64 noise levels for one batch: the configured density, then the model's shift on flow models."""
     u = stratified_uniform(count, generator)
@@ -39,3 +35,22 @@ def sample_t(config: TrainConfig, count: int, flow: bool, shift: float, generato
     else:
         t = uniform_icdf(u)
     return shift_t(t, shift).clamp(OPEN_INTERVAL, 1 - OPEN_INTERVAL) if flow else t
+
+
+def draw_t(
+    config: DensityConfig,
+    count: int,
+    shape: Sequence[int],
+    process: NoiseProcess,
+    model_shift: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """[count] float64 noise levels for one batch of latents of `shape` [C, ...], from a density of its own."""
+    uniform = stratified_uniform if config.stratified else _independent_uniform
+    flow = isinstance(process, Flow)
+    t = shifted_quantile(config, process, density_shift(config, shape, flow, model_shift))(uniform(count, generator))
+    return t.clamp(OPEN_INTERVAL, 1 - OPEN_INTERVAL) if flow else t.clamp(0, 1)
+
+
+def _independent_uniform(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)

@@ -7,7 +7,8 @@ import torch
 from scipy import stats
 
 from tidetable.training.config import TrainConfig
-from tidetable.training.timesteps import logit_normal_icdf, sample_t, stratified_uniform
+from tidetable.training.densities import logit_normal_icdf
+from tidetable.training.timesteps import sample_t, stratified_uniform
 
 
 def generator(seed=0):

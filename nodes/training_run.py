@@ -1,4 +1,4 @@
-"""Settings of a training run that go beyond those on Train LoRA, each a small node of its own."""
+"""Keeping a training run safe: the settings of Train LoRA's input `run`."""
 
 from comfy_api.latest import io
 
