@@ -14,6 +14,7 @@ from . import (
     schedules,
     tiny,
     training,
+    training_settings,
 )
 
 
@@ -27,5 +28,6 @@ NODES: list[type[io.ComfyNode]] = [
     *plots.NODES,
     *guidance.NODES,
     *training.NODES,
+    *training_settings.NODES,
     *tiny.NODES,
 ]

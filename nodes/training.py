@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..runtime.saving import save_lora_model
 from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
+from .training_settings import AdapterSettings
 
 
 _TRAIN, _LORA = TrainConfig(), LoRAConfig()
@@ -185,6 +186,14 @@ class TrainLoRA(io.ComfyNode):
                 io.Conditioning.Input(
                     "empty", optional=True, tooltip="Conditioning of the empty prompt, for caption_dropout."
                 ),
+                AdapterSettings.Input(
+                    "adapter",
+                    optional=True,
+                    tooltip=(
+                        "From Training Adapter; rank, lora_alpha and targets here are then not used. Not connected: "
+                        "plain LoRA."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -196,13 +205,16 @@ class TrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latents, positive, validation_percent, empty=None, **settings) -> io.NodeOutput:
+    def execute(
+        cls, model, latents, positive, validation_percent, empty=None, adapter=None, **settings
+    ) -> io.NodeOutput:
         single = {name: value[0] for name, value in settings.items()}
         lora_config = LoRAConfig(
             **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
         )
         data = TrainingData(latents, positive, empty[0] if empty else None, validation_percent[0])
-        result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id)
+        extras = {"adapter": adapter[0] if adapter else None}
+        result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, **extras)
         return io.NodeOutput(result.model, result.lora, result.loss_map)
 
 

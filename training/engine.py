@@ -1,10 +1,12 @@
 """The training loop. It yields events and knows nothing of nodes, files or progress bars."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from .adapter_kinds import AdapterNetwork
 from .config import TrainConfig
 from .data import BatchOrder, Dataset, step_generator
 from .events import Event, StepDone
@@ -48,6 +50,8 @@ class Trainer:
         self.order = BatchOrder(dataset, config.batch_size, config.seed)
         self.optimizer = build_optimizer(self.parameters, config)
         self.average = MovingAverage(self.parameters, config.ema_decay) if config.ema_decay > 0 else None
+        self.adapter: AdapterNetwork | None = None
+        """Where the parameters are an adapter's with dropout or a limit on its norm."""
         self.step = 0
         self.skipped = 0
 
@@ -78,6 +82,8 @@ class Trainer:
         healthy = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
         if healthy:
             self.optimizer.step()
+            if self.adapter is not None:
+                self.adapter.limit_norms()
             if self.average is not None:
                 self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -101,7 +107,8 @@ class Trainer:
             self.dataset.conditions[i] if kept else self.dataset.empty_condition
             for i, kept in zip(rows, keep.tolist(), strict=True)
         ]
-        with self.denoiser.gradient_context():
+        dropout = nullcontext() if self.adapter is None else self.adapter.dropout(self.step)
+        with dropout, self.denoiser.gradient_context():
             loss = loss_for_batch(self.denoiser, x0, conditions, eps, t).mean()
             loss.backward()
         return loss.detach()

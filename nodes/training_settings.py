@@ -1,0 +1,135 @@
+"""Settings of a training run that go beyond those on Train LoRA, each a small node of its own."""
+
+from comfy_api.latest import io
+
+from ..runtime.training import AdapterConfig
+
+
+_ADAPTER = AdapterConfig()
+AdapterSettings = io.Custom("TIDETABLE_ADAPTER")
+
+
+class Adapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Tidetable_Adapter",
+            display_name="Training Adapter",
+            category="Tidetable/training",
+            description=(
+                "What Train LoRA trains: LoRA, DoRA, LoHa or LoKr, on which layers, with which ranks, and what holds "
+                "it back. Takes the place of that node's rank, lora_alpha and targets."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "kind",
+                    options=["lora", "dora", "dora_input", "loha", "lokr"],
+                    default=_ADAPTER.kind,
+                    tooltip=(
+                        "lora (with convolutions: LoCon); dora: a norm for each output; dora_input: for each input; "
+                        "loha and lokr: LyCORIS products. Every loader of ComfyUI reads all of them."
+                    ),
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=_ADAPTER.rank,
+                    min=1,
+                    max=512,
+                    tooltip="Inner width of the adapters. 0 is not possible; 4 to 64 is typical, for loha 4 to 16.",
+                ),
+                io.Float.Input(
+                    "lora_alpha",
+                    default=_ADAPTER.lora_alpha,
+                    min=0.01,
+                    max=1024.0,
+                    step=0.01,
+                    tooltip="The change is multiplied by lora_alpha / rank. 0 is not possible; rank or half is usual.",
+                ),
+                io.Boolean.Input(
+                    "rank_stabilized",
+                    default=_ADAPTER.rank_stabilized,
+                    tooltip="On: lora_alpha / sqrt(rank), so that high ranks learn as fast (rsLoRA). Off is typical.",
+                ),
+                io.String.Input(
+                    "ranks",
+                    default=_ADAPTER.ranks,
+                    multiline=True,
+                    tooltip=(
+                        "Other ranks for some layers: one 'pattern = rank' a line, as '*attn2* = 8'; the first match "
+                        "wins. Empty is one rank for all."
+                    ),
+                ),
+                io.Combo.Input(
+                    "targets",
+                    options=["attention", "attention_mlp", "linear", "linear_conv"],
+                    default=_ADAPTER.targets,
+                    tooltip=(
+                        "Layers that get an adapter: attention projections; and their feed-forward layers; all linear"
+                        " layers; and convolutions. Not used where include is given."
+                    ),
+                ),
+                io.String.Input(
+                    "include",
+                    default=_ADAPTER.include,
+                    multiline=True,
+                    tooltip=(
+                        "Layers by name instead of a preset, one pattern a line: '*attn1*'. The log lists what was "
+                        "matched. Empty is the preset."
+                    ),
+                ),
+                io.String.Input(
+                    "exclude",
+                    default=_ADAPTER.exclude,
+                    multiline=True,
+                    tooltip="Layers to leave out, one pattern a line. Empty is none.",
+                ),
+                io.Combo.Input(
+                    "initialization",
+                    options=["zero", "pissa"],
+                    default=_ADAPTER.initialization,
+                    tooltip=(
+                        "zero is typical. pissa, for lora only: start at the weight's largest directions; learns "
+                        "faster, doubles the rank of the file, takes a moment at the start."
+                    ),
+                ),
+                io.Int.Input(
+                    "lokr_factor",
+                    default=_ADAPTER.lokr_factor,
+                    min=1,
+                    max=512,
+                    tooltip="lokr only: sides of the small factor at most. 0 is not possible; 4 to 16 is typical.",
+                ),
+                io.Float.Input(
+                    "rank_dropout",
+                    default=_ADAPTER.rank_dropout,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    tooltip="Share of each adapter's directions left out of a step. 0 is off; 0.05 to 0.3 is typical.",
+                ),
+                io.Float.Input(
+                    "module_dropout",
+                    default=_ADAPTER.module_dropout,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    tooltip="Share of the adapters left out of a step. 0 is off; 0.05 to 0.2 is typical.",
+                ),
+                io.Float.Input(
+                    "max_norm",
+                    default=_ADAPTER.max_norm,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="Ceiling of the norm of each weight's change after each step. 0 is off; 1 is typical.",
+                ),
+            ],
+            outputs=[AdapterSettings.Output(display_name="adapter", tooltip="For Train LoRA's input adapter.")],
+        )
+
+    @classmethod
+    def execute(cls, **settings) -> io.NodeOutput:
+        return io.NodeOutput(AdapterConfig(**settings))
+
+
+NODES: list[type[io.ComfyNode]] = [Adapter]
