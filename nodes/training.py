@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..runtime.saving import save_lora_model
 from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
-from .training_settings import AdapterSettings
+from .training_settings import AdapterSettings, OptimizerSettings
 
 
 _TRAIN, _LORA = TrainConfig(), LoRAConfig()
@@ -194,6 +194,14 @@ class TrainLoRA(io.ComfyNode):
                         "plain LoRA."
                     ),
                 ),
+                OptimizerSettings.Input(
+                    "optimizer",
+                    optional=True,
+                    tooltip=(
+                        "From Training Optimizer; warmup_steps, lr_schedule and max_grad_norm here are then not used. "
+                        "Not connected: AdamW."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -205,16 +213,14 @@ class TrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model, latents, positive, validation_percent, empty=None, adapter=None, **settings
-    ) -> io.NodeOutput:
+    def execute(cls, model, latents, positive, validation_percent, empty=None, **settings) -> io.NodeOutput:
         single = {name: value[0] for name, value in settings.items()}
+        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer")}
         lora_config = LoRAConfig(
             **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
         )
         data = TrainingData(latents, positive, empty[0] if empty else None, validation_percent[0])
-        extras = {"adapter": adapter[0] if adapter else None}
-        result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, **extras)
+        result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, **nodes)
         return io.NodeOutput(result.model, result.lora, result.loss_map)
 
 

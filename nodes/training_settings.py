@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..runtime.training import AdapterConfig
+from ..runtime.training import AdapterConfig, OptimizerConfig
 
 
-_ADAPTER = AdapterConfig()
+_ADAPTER, _OPTIMIZER = AdapterConfig(), OptimizerConfig()
 AdapterSettings = io.Custom("TIDETABLE_ADAPTER")
+OptimizerSettings = io.Custom("TIDETABLE_OPTIMIZER")
 
 
 class Adapter(io.ComfyNode):
@@ -132,4 +133,125 @@ class Adapter(io.ComfyNode):
         return io.NodeOutput(AdapterConfig(**settings))
 
 
-NODES: list[type[io.ComfyNode]] = [Adapter]
+class Optimizer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Tidetable_Optimizer",
+            display_name="Training Optimizer",
+            category="Tidetable/training",
+            description=(
+                "How Train LoRA moves the weights: optimizer, course of the learning rate, accumulation, decay, "
+                "clipping and moving average. Takes the place of that node's warmup_steps, lr_schedule and max_grad_norm."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=[
+                        "adamw",
+                        "adafactor",
+                        "muon",
+                        "sgd",
+                        "prodigy",
+                        "schedule_free_adamw",
+                        "adamw_8bit",
+                        "other",
+                    ],
+                    default=_OPTIMIZER.name,
+                    tooltip=(
+                        "adamw, adafactor, muon and sgd are torch's. The others need their package (prodigyopt, "
+                        "schedulefree, bitsandbytes, pytorch-optimizer), which is never installed for you."
+                    ),
+                ),
+                io.String.Input(
+                    "class_name",
+                    default=_OPTIMIZER.class_name,
+                    tooltip="For other only: a class of pytorch-optimizer, such as Lion. Empty is not possible there.",
+                ),
+                io.Combo.Input(
+                    "lr_schedule",
+                    options=["constant", "linear", "cosine", "cosine_restarts", "rex"],
+                    default=_OPTIMIZER.lr_schedule,
+                    tooltip=(
+                        "Course of the rate after the warm-up. rex stays high for longer than linear. constant for "
+                        "prodigy and schedule_free_adamw."
+                    ),
+                ),
+                io.Int.Input(
+                    "restarts",
+                    default=_OPTIMIZER.restarts,
+                    min=1,
+                    max=1000,
+                    tooltip="cosine_restarts only: how often it starts anew. 0 is not possible; 1 to 5 is typical.",
+                ),
+                io.Float.Input(
+                    "final_rate",
+                    default=_OPTIMIZER.final_rate,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the peak rate at which the schedule ends. 0 is none; 0 to 0.1 is typical.",
+                ),
+                io.Int.Input(
+                    "warmup",
+                    default=_OPTIMIZER.warmup,
+                    min=0,
+                    max=10_000_000,
+                    tooltip="Rise of the rate at the start, in warmup_unit. 0 is none; 10 to 500 steps is typical.",
+                ),
+                io.Combo.Input(
+                    "warmup_unit",
+                    options=["steps", "samples"],
+                    default=_OPTIMIZER.warmup_unit,
+                    tooltip="steps, or samples: then it stays the same when the batch size changes.",
+                ),
+                io.Int.Input(
+                    "accumulate",
+                    default=_OPTIMIZER.accumulate,
+                    min=1,
+                    max=1024,
+                    tooltip=(
+                        "Batches for each step: trains as a batch this many times as large, in the memory of one. 1 is "
+                        "off, 0 is not possible; 1 to 8 is typical."
+                    ),
+                ),
+                io.Float.Input(
+                    "weight_decay",
+                    default=_OPTIMIZER.weight_decay,
+                    min=0.0,
+                    max=10.0,
+                    step=0.001,
+                    tooltip="Pulls the adapter's weights to zero. 0 is off; 0.01 is typical.",
+                ),
+                io.Float.Input(
+                    "max_grad_norm",
+                    default=_OPTIMIZER.max_grad_norm,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="Longer gradients are shortened to this norm. 0 is off; 1 is typical.",
+                ),
+                io.Float.Input(
+                    "ema_decay",
+                    default=_OPTIMIZER.ema_decay,
+                    min=0.0,
+                    max=0.99999,
+                    step=0.0001,
+                    tooltip="Decay of the moving average that is the result. 0 is off; 0.99 to 0.999 is typical.",
+                ),
+                io.Combo.Input(
+                    "ema_device",
+                    options=["same", "cpu"],
+                    default=_OPTIMIZER.ema_device,
+                    tooltip="Where the moving average lies: beside the weights, or in main memory (slower).",
+                ),
+            ],
+            outputs=[OptimizerSettings.Output(display_name="optimizer", tooltip="For Train LoRA's input optimizer.")],
+        )
+
+    @classmethod
+    def execute(cls, **settings) -> io.NodeOutput:
+        return io.NodeOutput(OptimizerConfig(**settings))
+
+
+NODES: list[type[io.ComfyNode]] = [Adapter, Optimizer]

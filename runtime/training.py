@@ -16,9 +16,10 @@ from torch import Tensor
 from ..training.adapter_kinds import AdapterNetwork
 from ..training.adapter_settings import AdapterConfig, match_targets
 from ..training.adapters import LoRANetwork, select_targets
-from ..training.config import LoRAConfig, TrainConfig
+from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.data import Dataset
 from ..training.engine import Trainer
+from ..training.optimizers import OptimizerConfig
 from .lora_keys import LoRAModel, apply_lora, to_lora_model
 from .paths import save_lora
 from .progress import TrainingReporter
@@ -65,11 +66,13 @@ def train_lora(
     lora_config: LoRAConfig,
     node_id: str | None = None,
     adapter: AdapterConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
 ) -> TrainingResult:
     """Train a LoRA on the model as it is loaded and patched now. The model itself is left exactly as it was.
 
     When the run is cut short (cancel, out of memory, an error), what was learned is saved to the loras folder first.
     """
+    config = with_optimizer(config, optimizer)
     samples = data.samples()
     reporter = TrainingReporter(config.steps, node_id)
     memory = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
@@ -139,17 +142,18 @@ def metadata(
 ) -> dict[str, str]:
     """The header of the file: kohya's `ss_*` and Stability's `modelspec.*` names, every value a string."""
     config, family, kind = trainer.config, type(denoiser.real).__name__, getattr(lora_config, "kind", "lora")
-    latent = trainer.dataset.latents[0]
+    latent, chosen = trainer.dataset.latents[0], config.optimizer
     values = {
         "ss_network_module": "networks.lora" if kind in ("lora", "dora", "dora_input") else f"lycoris.{kind}",
         "ss_network_dim": lora_config.rank,
         "ss_network_alpha": lora_config.lora_alpha,
         "ss_network_args": {"targets": lora_config.targets},
         "ss_base_model_version": family,
-        "ss_optimizer": "torch.optim.AdamW",
+        "ss_optimizer": f"{type(trainer.optimizer).__module__}.{type(trainer.optimizer).__qualname__}",
         "ss_learning_rate": config.learning_rate,
-        "ss_lr_scheduler": config.lr_schedule,
-        "ss_lr_warmup_steps": config.warmup_steps,
+        "ss_lr_scheduler": chosen.lr_schedule if chosen else config.lr_schedule,
+        "ss_lr_warmup_steps": chosen.warmup_steps(config.batch_size) if chosen else config.warmup_steps,
+        "ss_gradient_accumulation_steps": trainer.accumulate,
         "ss_steps": trainer.step,
         "ss_max_train_steps": config.steps,
         "ss_batch_size_per_device": config.batch_size,

@@ -1,8 +1,10 @@
 """What a training run is told, and the one home of its defaults: the node, the scripts and the tests read them here."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from .optimizers import OptimizerConfig
 
 
 Density = Literal["auto", "uniform", "logit_normal"]
@@ -42,6 +44,8 @@ class TrainConfig:
     """Steps between two validations; 0 validates only before the first and after the last step."""
     seed: int = 0
     """Everything random follows from (seed, step)."""
+    optimizer: OptimizerConfig | None = None
+    """In place of AdamW, lr_schedule and warmup_steps; `with_optimizer` fills in the other fields that it carries."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size"):
@@ -54,6 +58,8 @@ class TrainConfig:
         _require(math.isfinite(self.logit_mean), "logit_mean", self.logit_mean, "finite")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
+        if self.optimizer is not None:
+            self.optimizer.check_length(self.steps, self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +78,14 @@ class LoRAConfig:
     def __post_init__(self):
         _require(1 <= self.rank <= 512, "rank", self.rank, "in 1..512")
         _require(math.isfinite(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
+
+
+def with_optimizer(config: TrainConfig, optimizer: OptimizerConfig | None) -> TrainConfig:
+    """The run with the settings of an optimizer in place of its own; None changes nothing."""
+    if optimizer is None:
+        return config
+    shared = {name: getattr(optimizer, name) for name in ("weight_decay", "max_grad_norm", "ema_decay")}
+    return replace(config, optimizer=optimizer, **shared)
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:

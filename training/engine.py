@@ -12,6 +12,7 @@ from .data import BatchOrder, Dataset, step_generator
 from .events import Event, StepDone
 from .objective import loss_for_batch
 from .optim import MovingAverage, build_optimizer, learning_rate
+from .optimizers import set_training_mode
 from .protocols import TrainableDenoiser
 from .timesteps import sample_t
 from .validation import validate
@@ -47,9 +48,11 @@ class Trainer:
         self.parameters = list(parameters)
         self.dataset = dataset
         self.held_out = held_out
-        self.order = BatchOrder(dataset, config.batch_size, config.seed)
+        self.accumulate = config.optimizer.accumulate if config.optimizer else 1
+        self.order = BatchOrder(dataset, config.batch_size * self.accumulate, config.seed)
         self.optimizer = build_optimizer(self.parameters, config)
-        self.average = MovingAverage(self.parameters, config.ema_decay) if config.ema_decay > 0 else None
+        ema_device = "cpu" if config.optimizer and config.optimizer.ema_device == "cpu" else None
+        self.average = MovingAverage(self.parameters, config.ema_decay, ema_device) if config.ema_decay > 0 else None
         self.adapter: AdapterNetwork | None = None
         """Where the parameters are an adapter's with dropout or a limit on its norm."""
         self.step = 0
@@ -70,6 +73,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Put the moving average in place of the last weights, where there is one. Safe to call twice."""
+        set_training_mode(self.optimizer, False)
         if self.average is not None and self.average.updates:
             self.average.copy_to_parameters()
 
@@ -77,6 +81,7 @@ class Trainer:
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        set_training_mode(self.optimizer, True)
         loss = self._forward_backward(step_generator(self.config.seed, self.step))
         norm = self._clip_gradients()
         healthy = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
@@ -109,9 +114,17 @@ class Trainer:
         ]
         dropout = nullcontext() if self.adapter is None else self.adapter.dropout(self.step)
         with dropout, self.denoiser.gradient_context():
-            loss = loss_for_batch(self.denoiser, x0, conditions, eps, t).mean()
+            return self._accumulate(x0, conditions, eps, t)
+
+    def _accumulate(self, x0: Tensor, conditions: list, eps: Tensor, t: Tensor) -> Tensor:
+        """Mean loss of the rows and its gradient, batch_size rows at a time."""
+        total, size = torch.zeros((), device=x0.device), self.config.batch_size
+        for rows in (slice(first, first + size) for first in range(0, len(x0), size)):
+            loss = loss_for_batch(self.denoiser, x0[rows], conditions[rows], eps[rows], t[rows]).mean()
+            loss = loss * (len(x0[rows]) / len(x0))
             loss.backward()
-        return loss.detach()
+            total = total + loss.detach()
+        return total
 
     def _clip_gradients(self) -> Tensor:
         limit = self.config.max_grad_norm or float("inf")
@@ -119,4 +132,5 @@ class Trainer:
 
     def _validate(self):
         assert self.held_out is not None
+        set_training_mode(self.optimizer, False)
         return validate(self.denoiser, self.held_out, self.config.batch_size, self.config.seed, self.step)

@@ -6,12 +6,12 @@ import nodes as host_nodes
 import pytest
 import torch
 
-from tidetable.nodes.training_settings import Adapter
+from tidetable.nodes.training_settings import Adapter, Optimizer
 from tidetable.runtime import tiny
 from tidetable.runtime.lora_keys import apply_lora, to_lora_model
 from tidetable.runtime.saving import save_lora_model
 from tidetable.runtime.trainable import training_session
-from tidetable.runtime.training import AdapterConfig, train_lora
+from tidetable.runtime.training import AdapterConfig, OptimizerConfig, train_lora
 from tidetable.tests.host.comparing import fingerprint, inference_copy
 from tidetable.tests.host.test_tiny import sample
 from tidetable.tests.host.test_training import CONFIG, LORA, data  # noqa: F401
@@ -99,3 +99,13 @@ def test_no_matching_layer_is_refused_before_anything_changes(data):  # noqa: F8
     with torch.inference_mode(), pytest.raises(ValueError, match="matches no layer of this network: did you mean"):
         train_lora(model, data[0], CONFIG, LORA, adapter=AdapterConfig(include="*attn7*"))
     assert fingerprint(model) == before
+
+
+def test_an_optimizer_from_the_node_trains_and_is_written_to_the_header(data):  # noqa: F811
+    names = [entry.id for entry in Optimizer.define_schema().inputs]
+    settings = {name: getattr(OptimizerConfig(), name) for name in names}
+    optimizer = Optimizer.execute(**{**settings, "name": "sgd", "warmup": 2, "accumulate": 2, "ema_decay": 0.5})[0]
+    with torch.inference_mode():
+        result = train_lora(inference_copy(tiny.load_tiny_model("unet-v")), data[0], CONFIG, LORA, optimizer=optimizer)
+    assert result.lora.metadata["ss_optimizer"] == "torch.optim.sgd.SGD"
+    assert result.lora.metadata["ss_gradient_accumulation_steps"] == "2" and len(result.loss_map["loss"]) == 4
