@@ -14,6 +14,7 @@ from . import (
     schedules,
     tiny,
     training,
+    training_adapter,
     training_objective,
     training_run,
 )
@@ -29,6 +30,7 @@ NODES: list[type[io.ComfyNode]] = [
     *plots.NODES,
     *guidance.NODES,
     *training.NODES,
+    *training_adapter.NODES,
     *training_objective.NODES,
     *training_run.NODES,
     *tiny.NODES,

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..runtime.saving import save_lora_model
 from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
+from .training_adapter import AdapterSettings, OptimizerSettings
 from .training_objective import ObjectiveSettings, TimestepDensitySettings
 from .training_run import RunSettings
 
@@ -199,6 +200,22 @@ class TrainLoRA(io.ComfyNode):
                     tooltip="From Timestep Density, in place of density, logit_mean and logit_std. Not connected: these"
                     " three.",
                 ),
+                AdapterSettings.Input(
+                    "adapter",
+                    optional=True,
+                    tooltip=(
+                        "From Training Adapter; rank, lora_alpha and targets here are then not used. Not connected: "
+                        "plain LoRA."
+                    ),
+                ),
+                OptimizerSettings.Input(
+                    "optimizer",
+                    optional=True,
+                    tooltip=(
+                        "From Training Optimizer; warmup_steps, lr_schedule and max_grad_norm here are then not used. "
+                        "Not connected: AdamW."
+                    ),
+                ),
                 RunSettings.Input(
                     "run",
                     optional=True,
@@ -215,15 +232,15 @@ class TrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latents, positive, validation_percent, empty=None, run=None, **settings) -> io.NodeOutput:
+    def execute(cls, model, latents, positive, validation_percent, empty=None, **settings) -> io.NodeOutput:
         # An optional input that is not connected is missing, or a list of one None.
         single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
+        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run")}
         lora_config = LoRAConfig(
             **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
         )
         data = TrainingData(latents, positive, empty[0] if empty else None, validation_percent[0])
-        run = run[0] if run else None
-        result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, run)
+        result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, **nodes)
         return io.NodeOutput(result.model, result.lora, result.loss_map)
 
 

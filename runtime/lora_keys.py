@@ -10,7 +10,12 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
+from ..training.adapter_kinds import AdapterNetwork
 from ..training.adapters import LoRANetwork
+
+
+FIRST_FACTORS = (".lora_up.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")
+"""One of these for each adapter of a file, whatever its kind."""
 
 
 class LoRAModel(dict[str, Tensor]):
@@ -23,15 +28,12 @@ class LoRAModel(dict[str, Tensor]):
         self.metadata = metadata
 
 
-def to_lora_model(network: LoRANetwork, metadata: dict[str, str]) -> LoRAModel:
+def to_lora_model(network: LoRANetwork | AdapterNetwork, metadata: dict[str, str]) -> LoRAModel:
     """The trained adapter as LORA_MODEL: fp32, on the CPU, independent of the training run."""
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode(False):
-        for name, down, up, lora_alpha in network.factors():
-            prefix = f"diffusion_model.{name}"
-            tensors[f"{prefix}.lora_down.weight"] = down
-            tensors[f"{prefix}.lora_up.weight"] = up
-            tensors[f"{prefix}.alpha"] = torch.tensor(lora_alpha)
+        for name, parts in network.saved():
+            tensors.update({f"diffusion_model.{name}.{suffix}": tensor for suffix, tensor in parts.items()})
     return LoRAModel(tensors, metadata)
 
 
@@ -43,7 +45,7 @@ def apply_lora(
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), keys)
     clone = patcher.clone()
     added = clone.add_patches(patches, strength)
-    wanted = sum(name.endswith(".lora_up.weight") for name in lora)
+    wanted = sum(name.endswith(FIRST_FACTORS) for name in lora)
     if len(added) != wanted:
         raise ValueError(
             f"{wanted - len(added)} of {wanted} adapters match no layer of this model: it is another architecture"

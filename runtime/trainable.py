@@ -179,7 +179,8 @@ def training_session(patcher: comfy.model_patcher.ModelPatcher, memory_required:
     """Load the model fully, make it differentiable in place, and leave it exactly as it was found."""
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         patcher = plain_patcher(patcher)
-        comfy.model_management.load_models_gpu([patcher], memory_required=memory_required, force_full_load=True)
+        with torch.no_grad():  # merging a DoRA into weights that ask for gradients fails, and ComfyUI only logs it
+            comfy.model_management.load_models_gpu([patcher], memory_required=memory_required, force_full_load=True)
         stack.enter_context(thawed(patcher.model))
         stack.enter_context(_training_flag())
         yield ComfyDenoiser(patcher)

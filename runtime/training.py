@@ -7,16 +7,19 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import comfy.model_management
 import comfy.model_patcher
 from torch import Tensor
 
+from ..training.adapter_kinds import AdapterNetwork
+from ..training.adapter_settings import AdapterConfig, match_targets
 from ..training.adapters import LoRANetwork, select_targets
-from ..training.config import LoRAConfig, TrainConfig
+from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.data import Dataset
 from ..training.engine import Trainer
+from ..training.optimizers import OptimizerConfig
 from .lora_keys import LoRAModel, apply_lora, to_lora_model
 from .objective import prepare, seen_in_flow
 from .paths import save_lora
@@ -64,6 +67,8 @@ def train_lora(
     config: TrainConfig,
     lora_config: LoRAConfig,
     node_id: str | None = None,
+    adapter: AdapterConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
     run: RunConfig | None = None,
 ) -> TrainingResult:
     """Train a LoRA on the model as it is loaded and patched now. The model itself is left exactly as it was.
@@ -71,29 +76,44 @@ def train_lora(
     When the run is cut short (cancel, out of memory, an error), what was learned is saved to the loras folder first.
     With `run`, a checkpoint is saved too, and the same call goes on from there.
     """
+    config = with_optimizer(config, optimizer)
     samples = data.samples()
     model, config = prepare(model, config)
     reporter = TrainingReporter(config.steps, node_id)
     memory = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
     with training_session(model, memory) as denoiser:
-        layers = select_targets(dict(denoiser.real.diffusion_model.named_modules()), lora_config.targets)
-        network = LoRANetwork(layers, lora_config, denoiser.device)
+        network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
         dataset, held_out = split_held_out(
             denoiser.dataset(samples, data.positive, data.negative), data.validation_percent
         )
         seen = seen_in_flow(denoiser, config.objective)
         trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run))
-        identity = fingerprint(denoiser, trainer, lora_config) if run else {}
+        if isinstance(network, AdapterNetwork):
+            trainer.adapter = network
+        others = {"adapter": asdict(adapter)} if adapter else {}
+        identity = fingerprint(denoiser, trainer, lora_config, **others) if run else {}
         keeper = RunKeeper(run, trainer, reporter, identity) if run else None
-        logger.info("training %d adapters on %d samples", len(layers), len(dataset))
+        logger.info("training %d adapters on %d samples", len(network.layers), len(dataset))
 
         def current() -> LoRAModel:
-            return to_lora_model(network, metadata(trainer, lora_config, denoiser, reporter))
+            return to_lora_model(network, metadata(trainer, adapter or lora_config, denoiser, reporter))
 
         with network.installed():
             run_or_rescue(trainer, reporter, current, keeper)
         lora = current()
     return TrainingResult(apply_lora(model, lora), lora, reporter.loss_map())
+
+
+def build_network(
+    modules: dict, denoiser: ComfyDenoiser, lora_config: LoRAConfig, adapter: AdapterConfig | None
+) -> LoRANetwork | AdapterNetwork:
+    """Adapters on the network's layers: LoRA by the node's own inputs, or what a Tidetable_Adapter says."""
+    if adapter is None:
+        return LoRANetwork(select_targets(modules, lora_config.targets), lora_config, denoiser.device)
+    adapter = replace(adapter, seed=lora_config.seed)
+    network = AdapterNetwork(match_targets(modules, adapter), adapter, denoiser.device)
+    logger.info("%s on %d layers:\n%s", adapter.kind, len(network.layers), network.listing())
+    return network
 
 
 def run_or_rescue(
@@ -141,21 +161,22 @@ def split_held_out(dataset: Dataset, percent: int) -> tuple[Dataset, Dataset | N
 
 
 def metadata(
-    trainer: Trainer, lora_config: LoRAConfig, denoiser: ComfyDenoiser, reporter: TrainingReporter
+    trainer: Trainer, lora_config: LoRAConfig | AdapterConfig, denoiser: ComfyDenoiser, reporter: TrainingReporter
 ) -> dict[str, str]:
     """The header of the file: kohya's `ss_*` and Stability's `modelspec.*` names, every value a string."""
-    config, family = trainer.config, type(denoiser.real).__name__
-    latent = trainer.dataset.latents[0]
+    config, family, kind = trainer.config, type(denoiser.real).__name__, getattr(lora_config, "kind", "lora")
+    latent, chosen = trainer.dataset.latents[0], config.optimizer
     values = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if kind in ("lora", "dora", "dora_input") else f"lycoris.{kind}",
         "ss_network_dim": lora_config.rank,
         "ss_network_alpha": lora_config.lora_alpha,
         "ss_network_args": {"targets": lora_config.targets},
         "ss_base_model_version": family,
-        "ss_optimizer": "torch.optim.AdamW",
+        "ss_optimizer": f"{type(trainer.optimizer).__module__}.{type(trainer.optimizer).__qualname__}",
         "ss_learning_rate": config.learning_rate,
-        "ss_lr_scheduler": config.lr_schedule,
-        "ss_lr_warmup_steps": config.warmup_steps,
+        "ss_lr_scheduler": chosen.lr_schedule if chosen else config.lr_schedule,
+        "ss_lr_warmup_steps": chosen.warmup_steps(config.batch_size) if chosen else config.warmup_steps,
+        "ss_gradient_accumulation_steps": trainer.accumulate,
         "ss_steps": trainer.step,
         "ss_max_train_steps": config.steps,
         "ss_batch_size_per_device": config.batch_size,

@@ -99,11 +99,12 @@ class LoRANetwork(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def factors(self) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-        """(layer name, down, up, lora_alpha) of every adapter, as detached fp32 copies on the CPU."""
+    def saved(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """(layer name, suffix -> tensor) of every adapter, as detached fp32 copies on the CPU."""
         for name, adapter in self.adapters.items():
             down, up = (factor.detach().float().cpu().clone() for factor in (adapter.down, adapter.up))
-            yield name, down, up, adapter.lora_alpha
+            alpha = torch.tensor(adapter.lora_alpha)
+            yield name, {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
 
 
 def _bypass(adapter: LoRA):

@@ -1,9 +1,10 @@
 """What a training run is told, and the one home of its defaults: the node, the scripts and the tests read them here."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from .optimizers import OptimizerConfig
 from .recipe import DensityConfig, ObjectiveConfig
 from .recipe import require as _require
 
@@ -49,6 +50,8 @@ class TrainConfig:
     """How an error becomes a loss."""
     timestep_density: DensityConfig | None = None
     """How t is drawn, in place of `density`, `logit_mean` and `logit_std`; None: these three."""
+    optimizer: OptimizerConfig | None = None
+    """In place of AdamW, lr_schedule and warmup_steps; `with_optimizer` fills in the other fields that it carries."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size"):
@@ -61,6 +64,8 @@ class TrainConfig:
         _require(math.isfinite(self.logit_mean), "logit_mean", self.logit_mean, "finite")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
+        if self.optimizer is not None:
+            self.optimizer.check_length(self.steps, self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,3 +84,11 @@ class LoRAConfig:
     def __post_init__(self):
         _require(1 <= self.rank <= 512, "rank", self.rank, "in 1..512")
         _require(math.isfinite(self.lora_alpha) and self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
+
+
+def with_optimizer(config: TrainConfig, optimizer: OptimizerConfig | None) -> TrainConfig:
+    """The run with the settings of an optimizer in place of its own; None changes nothing."""
+    if optimizer is None:
+        return config
+    shared = {name: getattr(optimizer, name) for name in ("weight_decay", "max_grad_norm", "ema_decay")}
+    return replace(config, optimizer=optimizer, **shared)

@@ -1,11 +1,13 @@
 """The training loop. It yields events and knows nothing of nodes, files or progress bars."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adapter_kinds import AdapterNetwork
 from .config import TrainConfig
 from .data import BatchOrder, Dataset, step_generator
 from .events import Event, StepDone
@@ -13,6 +15,7 @@ from .guard import Guard
 from .noise import shape_noise
 from .objective import loss_for_batch
 from .optim import MovingAverage, build_optimizer, learning_rate
+from .optimizers import set_training_mode
 from .protocols import TrainableDenoiser
 from .timesteps import draw_t, sample_t
 from .validation import validate
@@ -49,9 +52,13 @@ class Trainer:
         self.parameters = list(parameters)
         self.dataset = dataset
         self.held_out = held_out
-        self.order = BatchOrder(dataset, config.batch_size, config.seed)
+        self.accumulate = config.optimizer.accumulate if config.optimizer else 1
+        self.order = BatchOrder(dataset, config.batch_size * self.accumulate, config.seed)
         self.optimizer = build_optimizer(self.parameters, config)
-        self.average = MovingAverage(self.parameters, config.ema_decay) if config.ema_decay > 0 else None
+        ema_device = "cpu" if config.optimizer and config.optimizer.ema_device == "cpu" else None
+        self.average = MovingAverage(self.parameters, config.ema_decay, ema_device) if config.ema_decay > 0 else None
+        self.adapter: AdapterNetwork | None = None
+        """Where the parameters are an adapter's with dropout or a limit on its norm."""
         self.guard = guard
         self.step = 0
         self.skipped = 0
@@ -79,11 +86,13 @@ class Trainer:
 
     def finish(self) -> None:
         """Put the moving average in place of the last weights, where there is one. Safe to call twice."""
+        set_training_mode(self.optimizer, False)
         if self.average is not None and self.average.updates:
             self.average.copy_to_parameters()
 
     def weights(self) -> dict[str, Any]:
         """What an update changes: references to parameters, optimizer state and moving average."""
+        set_training_mode(self.optimizer, True)  # schedule-free optimizers keep other weights while validating
         average = self.average and {"average": self.average.average, "updates": self.average.updates}
         return {"parameters": self.parameters, "optimizer": self.optimizer.state_dict(), "average": average}
 
@@ -123,6 +132,7 @@ class Trainer:
         rate = learning_rate(self.step, self.config) * self.rate_scale
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        set_training_mode(self.optimizer, True)
         loss = self._forward_backward(step_generator(self.config.seed, self.step))
         norm = self._clip_gradients()
         healthy = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
@@ -131,6 +141,8 @@ class Trainer:
         if healthy:
             self.whole = False
             self.optimizer.step()
+            if self.adapter is not None:
+                self.adapter.limit_norms()
             if self.average is not None:
                 self.average.update()
             self.whole = True
@@ -158,10 +170,15 @@ class Trainer:
         ]
         objective = self.config.objective
         eps, seen = shape_noise(eps, x0, objective, generator)
-        with self.denoiser.gradient_context():
-            loss = loss_for_batch(self.denoiser, x0, conditions, eps, t, objective, seen).mean()
-            loss.backward()
-        return loss.detach()
+        dropout = nullcontext() if self.adapter is None else self.adapter.dropout(self.step)
+        total, size = torch.zeros((), device=x0.device), self.config.batch_size
+        with dropout, self.denoiser.gradient_context():
+            for part in (slice(first, first + size) for first in range(0, len(x0), size)):
+                batch = x0[part], conditions[part], eps[part], t[part]
+                loss = loss_for_batch(self.denoiser, *batch, objective, seen[part]).sum() / len(x0)
+                loss.backward()
+                total = total + loss.detach()
+        return total
 
     def _draw_t(self, x0: Tensor, generator: torch.Generator) -> Tensor:
         process, shift = self.denoiser.process, self.denoiser.shift
@@ -181,4 +198,5 @@ class Trainer:
 
     def _validate(self):
         assert self.held_out is not None
+        set_training_mode(self.optimizer, False)
         return validate(self.denoiser, self.held_out, self.config.batch_size, self.config.seed, self.step)

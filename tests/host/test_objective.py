@@ -7,7 +7,7 @@ import comfy.model_management
 import pytest
 import torch
 
-from tidetable.nodes.training_settings import Objective, TimestepDensity
+from tidetable.nodes.training_objective import Objective, TimestepDensity
 from tidetable.runtime import tiny
 from tidetable.runtime.objective import make_density, seen_in_flow
 from tidetable.runtime.trainable import training_session
