@@ -124,6 +124,14 @@ class Adapter(io.ComfyNode):
                     step=0.01,
                     tooltip="Ceiling of the norm of each weight's change after each step. 0 is off; 1 is typical.",
                 ),
+                io.String.Input(
+                    "continue_from",
+                    default=_ADAPTER.continue_from,
+                    tooltip=(
+                        "Name of a LoRA in the loras folder to go on from (kohya, PEFT, LoHa, DoRA): kind, rank, alpha "
+                        "and layers are then the file's. Empty is anew."
+                    ),
+                ),
             ],
             outputs=[AdapterSettings.Output(display_name="adapter", tooltip="For Train LoRA's input adapter.")],
         )
@@ -141,8 +149,8 @@ class Optimizer(io.ComfyNode):
             display_name="Training Optimizer",
             category="Tidetable/training",
             description=(
-                "How Train LoRA moves the weights: optimizer, course of the learning rate, accumulation, decay, "
-                "clipping and moving average, in place of that node's warmup_steps, lr_schedule and max_grad_norm."
+                "How Train LoRA moves weights: optimizer, learning rate, accumulation, decay, clipping "
+                "and moving average. Takes the place of that node's warmup_steps, lr_schedule and max_grad_norm."
             ),
             inputs=[
                 io.Combo.Input(

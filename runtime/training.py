@@ -20,6 +20,7 @@ from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.data import Dataset
 from ..training.engine import Trainer
 from ..training.optimizers import OptimizerConfig
+from .continuing import continued_network
 from .lora_keys import LoRAModel, apply_lora, to_lora_model
 from .objective import prepare, seen_in_flow
 from .paths import save_lora
@@ -111,7 +112,10 @@ def build_network(
     if adapter is None:
         return LoRANetwork(select_targets(modules, lora_config.targets), lora_config, denoiser.device)
     adapter = replace(adapter, seed=lora_config.seed)
-    network = AdapterNetwork(match_targets(modules, adapter), adapter, denoiser.device)
+    if adapter.continue_from:
+        network = continued_network(denoiser.real, adapter, denoiser.device)
+    else:
+        network = AdapterNetwork(match_targets(modules, adapter), adapter, denoiser.device)
     logger.info("%s on %d layers:\n%s", adapter.kind, len(network.layers), network.listing())
     return network
 

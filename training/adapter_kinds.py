@@ -218,11 +218,23 @@ def widest(layer: Any) -> int:
 
 
 class AdapterNetwork:
-    """Adapters for a set of layers. With the zero or the PiSSA start it is the identity, bit for bit."""
+    """Adapters for a set of layers; `adapters` are existing ones to go on with.
 
-    def __init__(self, layers: Mapping[str, nn.Module], config: AdapterConfig, device: torch.device):
+    With the zero or the PiSSA start it is the identity, bit for bit.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        config: AdapterConfig,
+        device: torch.device,
+        adapters: Mapping[str, Adapter] | None = None,
+    ):
         generator = torch.Generator().manual_seed(config.seed)
         self.config, self.layers = config, dict(layers)
+        if adapters is not None:
+            self.adapters = {name: adapter.to(device) for name, adapter in adapters.items()}
+            return
         self.adapters = {
             name: build_adapter(name, layer, config, generator).to(device) for name, layer in layers.items()
         }
@@ -269,7 +281,7 @@ class AdapterNetwork:
         """Every layer with its rank, one a line, and where it is smaller than asked for."""
         lines = []
         for name, adapter in self.adapters.items():
-            wanted = self.config.rank_of(name)
+            wanted = 0 if self.config.continue_from else self.config.rank_of(name)
             note = f" (rank {wanted} is more than this layer has)" if adapter.rank < wanted else ""
             lines.append(f"  {name}: rank {adapter.rank}{note}")
         return "\n".join(lines)

@@ -48,6 +48,8 @@ class AdapterConfig:
     """Probability in [0, 1) that a whole adapter is left out of a step. 0 is off."""
     max_norm: float = 0.0
     """After each step the norm of a weight's change is brought down to this. 0 is off."""
+    continue_from: str = ""
+    """A LoRA of the loras folder to go on from; kind, rank, lora_alpha and layers are then the file's. Empty: anew."""
     seed: int = 0
     """Of the random half of the initialization and of the dropouts."""
 

@@ -1,7 +1,8 @@
 """Optimizers by name, learning rates as closed functions of the step, and settings that hold both.
 
 AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101. Adafactor: Shazeer and Stern 2018, arXiv:1804.04235. Muon: Jordan
-et al. 2024. Prodigy: Mishchenko and Defazio 2024, arXiv:2306.06101. Schedule-free: Defazio et al. 2024, arXiv:2405.15682.
+et al. 2024. Prodigy: Mishchenko and Defazio 2024, arXiv:2306.06101. Schedule-free: Defazio et
+al. 2024, arXiv:2405.15682.
 """
 
 import difflib
