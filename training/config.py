@@ -23,7 +23,7 @@ class TrainConfig:
     batch_size: int = 4
     """Samples per step, each through the network once; at least 1."""
     learning_rate: float = 1e-3
-    """Peak rate of AdamW, above 0."""
+    """Peak rate, above 0 and at most 100."""
     warmup_steps: int = 20
     """Steps over which the rate rises linearly from near 0; 0 is none."""
     lr_schedule: LRSchedule = "cosine"
@@ -58,9 +58,10 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup_steps", "validate_every", "weight_decay", "max_grad_norm"):
             _require(math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        for name in ("learning_rate", "logit_std"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
+        rate = self.learning_rate
+        _require(0 < rate <= 100, "learning_rate", rate, "above 0 and at most 100 (AdamW: 1e-5 to 1e-3, Prodigy: 1)")
+        std = self.logit_std
+        _require(math.isfinite(std) and std > 0, "logit_std", std, "a finite number above 0")
         _require(math.isfinite(self.logit_mean), "logit_mean", self.logit_mean, "finite")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")

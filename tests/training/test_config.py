@@ -7,7 +7,7 @@ from tidetable.training.config import LoRAConfig, TrainConfig
     ("field", "value"),
     [
         ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", float("nan")),
-        ("learning_rate", float("inf")),
+        ("learning_rate", float("inf")), ("learning_rate", 1e6),
         ("warmup_steps", -1), ("max_grad_norm", -0.1), ("max_grad_norm", float("nan")), ("ema_decay", 1.0),
         ("caption_dropout", 1.5), ("caption_dropout", float("nan")), ("logit_std", 0.0), ("logit_mean", float("inf")),
     ],
