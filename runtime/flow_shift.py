@@ -52,9 +52,7 @@ def latent_size(latent: dict, channels: int, family: Family) -> tuple[int, int, 
             "model, and its size in pixels is not known. Use an empty-latent node for this model, or disconnect it and "
             "give width and height"
         )
-    frames = shape[2] if len(shape) == 5 else 1
-    scale = family.pixels_per_latent
-    return shape[-1] * scale, shape[-2] * scale, (frames - 1) * family.frames_per_latent + 1
+    return family.pixel_size(shape[1:])
 
 
 def how_chosen(choice: ShiftChoice, family: Family) -> str:

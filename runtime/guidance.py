@@ -27,7 +27,8 @@ from torch import Tensor
 from ..samplers.guidance.combine import RESCALE_MODES, RescaleMode, relative_difference, rescaled_perturbed_guidance
 from ..samplers.guidance.interval import Interval, decayed, step_of
 from ..samplers.guidance.perturb import METHODS, Method
-from ..schedules.validate import require_choice
+from ..schedules.process import Flow
+from ..schedules.validate import require_between, require_choice
 from . import cond_batch
 from .attention_targets import Target, Weakening
 from .blocks import AUTO, find_target
@@ -92,11 +93,11 @@ def perturbed_attention(
     Applied twice, the terms add up; a perturbed prediction that both ask for is computed once. ValueError for bad
     numbers, for models without an attention that could be perturbed and for blocks that do not exist.
     """
-    _check("scale", scale, 0.0, MAX_SCALE, "0 is off, 3 a good start")
-    _check("every_nth", every_nth, 1, 1000, "1 is every step")
-    _check("stop_below", stop_below, 0.0, 1.0, "0 is off")
-    _check("rescale", rescale, 0.0, 1.0, "0 is off")
-    _check("decay", decay, 0.0, 100.0, "0 is constant strength")
+    require_between("scale", scale, 0.0, MAX_SCALE, "0 is off, 3 a good start")
+    require_between("every_nth", every_nth, 1, 1000, "1 is every step")
+    require_between("stop_below", stop_below, 0.0, 1.0, "0 is off")
+    require_between("rescale", rescale, 0.0, 1.0, "0 is off")
+    require_between("decay", decay, 0.0, 100.0, "0 is constant strength")
     require_choice("method", method, METHODS)
     require_choice("rescale_mode", rescale_mode, RESCALE_MODES)
     require_choice("shared_prefix", shared_prefix, SHARING)
@@ -118,11 +119,6 @@ def perturbed_attention(
         cond_batch.install(patched, evaluate=predict_with_perturbed)
     patched.model_options[TERMS] = [*terms, term]
     return patched
-
-
-def _check(name: str, value: float, low: float, high: float, hint: str) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise ValueError(f"{name} must be between {low:g} and {high:g} ({hint}), got {value}")
 
 
 def predict_with_perturbed(args: dict) -> list[Tensor]:
@@ -226,7 +222,7 @@ def _log_snr(model_sampling: Any, sigma: float) -> float:
     """The log-SNR, ln(alpha²/sigma²), at ComfyUI's noise level; kept within the model's own range, so always finite."""
     if stored_shift(model_sampling) is not None:
         t = min(max(sigma, FLOW_END), 1.0 - FLOW_END)
-        return 2.0 * math.log((1.0 - t) / t)
+        return float(Flow().log_snr(t))
     return -2.0 * math.log(min(max(sigma, float(model_sampling.sigma_min)), float(model_sampling.sigma_max)))
 
 

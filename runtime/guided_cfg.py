@@ -10,7 +10,6 @@ asked. Beside it stand three more without state of their own; what they need and
   the slot, which wants x − denoised, and raises where the slot was not asked.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from ..samplers.guidance.momentum import running_average, step_level
 from ..samplers.guidance.project import damp_tangential, optimized_scale, projected_guidance
 from ..schedules.prediction import convert_at
 from ..schedules.process import expand
+from ..schedules.validate import require_between
 from . import cond_batch
 from .model_sampling import class_names
 from .process import in_first_steps, prediction_of
@@ -76,9 +76,7 @@ class CfgRules:
             )
 
     def _require(self, name: str, low: float, high: float, hint: str) -> None:
-        value = getattr(self, name)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise ValueError(f"{name} must be between {low:g} and {high:g} ({hint}), got {value}")
+        require_between(name, getattr(self, name), low, high, hint)
 
     @property
     def interval(self) -> Interval:

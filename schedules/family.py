@@ -1,6 +1,7 @@
 """What a model family is: how its authors shift time and place its steps, as plain data. The data are in `families`."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -144,6 +145,12 @@ class Family:
     pixels_per_latent: int = 8
     frames_per_latent: int = 1
     """Frames per latent frame after the first; a latent frame is one layer of tokens."""
+
+    def pixel_size(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """(width, height, frames) of a latent [C, H, W] or [C, F, H, W] of this family."""
+        frames = shape[1] if len(shape) == 4 else 1
+        scale = self.pixels_per_latent
+        return shape[-1] * scale, shape[-2] * scale, (frames - 1) * self.frames_per_latent + 1
 
     def tokens(self, width: int, height: int, length: int = 1) -> int:
         """Tokens of a picture or video of this size in pixels and frames. ValueError below one token or frame."""

@@ -1,5 +1,6 @@
 """The only place that knows what a legal list of sigmas is."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,12 @@ def require_denoise(denoise: float) -> float:
             f"denoise must be above 0 and at most 1, got {denoise}; 1 starts from pure noise, 0 would change nothing"
         )
     return denoise
+
+
+def require_between(name: str, value: float, low: float, high: float, hint: str) -> None:
+    """ValueError unless `value` is a finite number from `low` to `high`."""
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} must be between {low:g} and {high:g} ({hint}), got {value}")
 
 
 def require_choice(name: str, value: str, choices: Sequence[str]) -> None:

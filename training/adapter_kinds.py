@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_settings import AdapterConfig
-from .adapters import _is_linear
+from .adapters import _is_linear, hooked
 from .data import step_generator
 
 
@@ -250,12 +250,8 @@ class AdapterNetwork:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Forward hooks on the layers, removed at the end whatever happens."""
-        hooks = [layer.register_forward_hook(_bypass(self.adapters[name])) for name, layer in self.layers.items()]
-        try:
+        with hooked([(layer, _bypass(self.adapters[name])) for name, layer in self.layers.items()]):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
     def dropout(self, step: int) -> Iterator[None]:

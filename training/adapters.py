@@ -7,7 +7,7 @@ patched.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,12 +92,8 @@ class LoRANetwork(nn.Module):
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Forward hooks on the layers, removed at the end whatever happens."""
-        hooks = [layer.register_forward_hook(_bypass(self.adapters[name])) for name, layer in self.layers.items()]
-        try:
+        with hooked([(layer, _bypass(self.adapters[name])) for name, layer in self.layers.items()]):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def saved(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(layer name, suffix -> tensor) of every adapter, as detached fp32 copies on the CPU."""
@@ -105,6 +101,17 @@ class LoRANetwork(nn.Module):
             down, up = (factor.detach().float().cpu().clone() for factor in (adapter.down, adapter.up))
             alpha = torch.tensor(adapter.lora_alpha)
             yield name, {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
+
+
+@contextmanager
+def hooked(hooks: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Forward hooks on modules, removed at the end whatever happens."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _bypass(adapter: LoRA):

@@ -118,7 +118,7 @@ def density_shift(config: DensityConfig, shape: Sequence[int], flow: bool, model
     if mode == "mu":
         return shift_from_mu(config.mu)
     if mode == "resolution":
-        width, height, _ = pixel_size(shape, family or GENERIC)
+        width, height, _ = (family or GENERIC).pixel_size(shape)
         return config.shift * math.sqrt(width * height / BASE_AREA)
     if not flow:
         raise ValueError(
@@ -134,16 +134,9 @@ def _official(family: Family | None, shape: Sequence[int]) -> float:
     if family is None or family.rule is None:
         raise ValueError("this model's family has no published shift: choose shift_mode auto, model or shift")
     # Samples smaller than one token (tiny latents) count as one token.
-    width, height, length = pixel_size(shape, family)
+    width, height, length = family.pixel_size(shape)
     token = family.pixels_per_token
     return official_shift(family, max(width, token), max(height, token), length, training=True)[0]
-
-
-def pixel_size(shape: Sequence[int], family: Family) -> tuple[int, int, int]:
-    """(width, height, frames) of a latent [C, H, W] or [C, F, H, W] of this family."""
-    frames = shape[1] if len(shape) == 4 else 1
-    scale = family.pixels_per_latent
-    return shape[-1] * scale, shape[-2] * scale, (frames - 1) * family.frames_per_latent + 1
 
 
 def shifted_quantile(config: DensityConfig, process: NoiseProcess, shift: float) -> Quantile:

@@ -1,32 +1,25 @@
 """Optimizer, learning rate and moving average: torch's own, with the run's defaults."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .optimizers import make_optimizer
+from .optimizers import BETAS, OptimizerConfig, make_optimizer
 
 
 def build_optimizer(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over fp32 parameters (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
     if config.optimizer is not None:
         return make_optimizer(parameters, config.optimizer, config.learning_rate)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99))
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=BETAS)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rate of step `step` (0-based): linear warm-up, then half a cosine to 0 or constant."""
-    if config.optimizer is not None:
-        return config.learning_rate * config.optimizer.rate(step, config.steps, config.batch_size)
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    """Rate of step `step` (0-based), by the optimizer's settings or by the run's own schedule and warm-up."""
+    course = config.optimizer or OptimizerConfig(lr_schedule=config.lr_schedule, warmup=config.warmup_steps)
+    return config.learning_rate * course.rate(step, config.steps, config.batch_size)
 
 
 class MovingAverage:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .recipe import require
+
 
 Name = Literal["adamw", "adafactor", "muon", "sgd", "prodigy", "schedule_free_adamw", "adamw_8bit", "other"]
 Schedule = Literal["constant", "linear", "cosine", "cosine_restarts", "rex"]
@@ -68,8 +70,7 @@ class OptimizerConfig:
             "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
         }
         for field, (fine, allowed) in checks.items():
-            if not fine:
-                raise ValueError(f"{field} is {getattr(self, field)}, but it must be {allowed}")
+            require(fine, field, getattr(self, field), allowed)
         if self.name == "other" and not self.class_name:
             raise ValueError("optimizer 'other' needs class_name: a class of pytorch-optimizer, such as 'Lion'")
 

@@ -11,6 +11,17 @@ def in_a_node():
         yield
 
 
+@pytest.fixture
+def output(tmp_path):
+    """An output folder for each test."""
+    import folder_paths
+
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path))
+    yield tmp_path
+    folder_paths.set_output_directory(before)
+
+
 @pytest.fixture(scope="module")
 def models():
     """A small MODEL of every family, a flux at shift 6 and an sdxl with zero terminal SNR, by name."""

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
-import folder_paths
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -27,6 +26,8 @@ from tidetable.training.checkpoint import checkpoints
 from tidetable.training.config import TrainConfig
 
 
+pytestmark = pytest.mark.usefixtures("output")
+
 CONFIG = TrainConfig(steps=9, batch_size=2, warmup_steps=2, seed=3, ema_decay=0.9, validate_every=3)
 
 
@@ -38,15 +39,6 @@ def data():
 @pytest.fixture(params=["unet-v", "mmdit-flow"])
 def model(request):
     return inference_copy(tiny.load_tiny_model(request.param))
-
-
-@pytest.fixture(autouse=True)
-def output(tmp_path):
-    """An output folder for each test."""
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path))
-    yield tmp_path
-    folder_paths.set_output_directory(before)
 
 
 def train(model, data, config=CONFIG, lora=LORA, **run):

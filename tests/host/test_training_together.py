@@ -1,6 +1,5 @@
 """All settings nodes of a training run at once: what one changes, the checkpoints of another must carry."""
 
-import folder_paths
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -15,6 +14,8 @@ from tidetable.training.config import TrainConfig
 from tidetable.training.optimizers import OptimizerConfig
 from tidetable.training.recipe import DensityConfig, ObjectiveConfig
 
+
+pytestmark = pytest.mark.usefixtures("output")
 
 SETTINGS = {
     "dora-adafactor": (
@@ -48,14 +49,6 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def data():
     return dataset()
-
-
-@pytest.fixture(autouse=True)
-def output(tmp_path):
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path))
-    yield tmp_path
-    folder_paths.set_output_directory(before)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
