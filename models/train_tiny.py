@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tidetable.runtime import tiny
+from tidetable.runtime.prediction import patch_flow_graft
 from tidetable.runtime.trainable import ComfyDenoiser, training_session
 from tidetable.training.config import TrainConfig
 from tidetable.training.data import Dataset
@@ -40,6 +41,9 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, help="go on from these weights, with another seed, instead of from scratch"
     )
+    parser.add_argument(
+        "--graft", type=float, metavar="SHIFT", help="train an eps or v model as a flow model of this shift (Flow Graft)"
+    )
     parser.add_argument("--output", type=Path, default=tiny.MODELS_DIR)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -49,6 +53,8 @@ def main() -> None:
     if not tiny.TEXT_FILE.exists():
         save_half(clip.cond_stage_model.state_dict(), tiny.TEXT_FILE, {"description": "fixed word vectors, seed 0"})
     patcher = tiny.build_patcher(args.model, load_file(args.start) if args.start else None, args.seed)
+    if args.graft is not None:
+        patcher = patch_flow_graft(patcher, args.graft)
     config = TrainConfig(
         steps=args.steps,
         batch_size=args.batch_size,
@@ -94,6 +100,7 @@ def train(trainer: Trainer, args: argparse.Namespace, patcher) -> None:
                 "learning_rate": str(args.learning_rate),
                 "images": str(args.images),
                 "logit_mean": "" if args.logit_mean is None else str(args.logit_mean),
+                "graft": "" if args.graft is None else str(args.graft),
                 "start": args.start.name if args.start else "",
                 "validation": json.dumps(event.by_t),
                 "seconds": f"{time.monotonic() - started:.0f}",
