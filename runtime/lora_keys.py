@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..training.adapter_kinds import AdapterNetwork
-from ..training.adapters import LoRANetwork
 
 
 FIRST_FACTORS = (".lora_up.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")
@@ -28,7 +27,7 @@ class LoRAModel(dict[str, Tensor]):
         self.metadata = metadata
 
 
-def to_lora_model(network: LoRANetwork | AdapterNetwork, metadata: dict[str, str]) -> LoRAModel:
+def to_lora_model(network: AdapterNetwork, metadata: dict[str, str]) -> LoRAModel:
     """The trained adapter as LORA_MODEL: fp32, on the CPU, independent of the training run."""
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode(False):

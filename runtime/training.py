@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..training.adapter_kinds import AdapterNetwork
 from ..training.adapter_settings import AdapterConfig, match_targets
-from ..training.adapters import LoRANetwork, select_targets
 from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.data import Dataset
 from ..training.engine import Trainer
@@ -89,8 +88,7 @@ def train_lora(
         )
         seen = seen_in_flow(denoiser, config.objective)
         trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run))
-        if isinstance(network, AdapterNetwork):
-            trainer.adapter = network
+        trainer.adapter = network
         others = {"adapter": asdict(adapter)} if adapter else {}
         identity = fingerprint(denoiser, trainer, lora_config, **others) if run else {}
         keeper = RunKeeper(run, trainer, reporter, identity) if run else None
@@ -107,11 +105,9 @@ def train_lora(
 
 def build_network(
     modules: dict, denoiser: ComfyDenoiser, lora_config: LoRAConfig, adapter: AdapterConfig | None
-) -> LoRANetwork | AdapterNetwork:
+) -> AdapterNetwork:
     """Adapters on the network's layers: LoRA by the node's own inputs, or what a Tidetable_Adapter says."""
-    if adapter is None:
-        return LoRANetwork(select_targets(modules, lora_config.targets), lora_config, denoiser.device)
-    adapter = replace(adapter, seed=lora_config.seed)
+    adapter = AdapterConfig(**asdict(lora_config)) if adapter is None else replace(adapter, seed=lora_config.seed)
     if adapter.continue_from:
         network = continued_network(denoiser.real, adapter, denoiser.device)
     else:
