@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..runtime.saving import save_lora_model
+from ..runtime.saving import FORMATS, save_lora_model, workflow_of
 from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
 from .training_adapter import AdapterSettings, OptimizerSettings
 from .training_objective import ObjectiveSettings, TimestepDensitySettings
@@ -256,6 +256,7 @@ class SaveLoRA(io.ComfyNode):
                 " reads it."
             ),
             is_output_node=True,
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             inputs=[
                 io.LoraModel.Input("lora", tooltip="From Train LoRA; ComfyUI's own trainer's output works too."),
                 io.String.Input(
@@ -271,13 +272,33 @@ class SaveLoRA(io.ComfyNode):
                     default="",
                     tooltip="modelspec.title in the header. Empty keeps the title that training wrote.",
                 ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="comfyui",
+                    tooltip=(
+                        "Names of the layers in the file. comfyui: every LoRA loader of ComfyUI. diffusers: also"
+                        " diffusers pipelines; LoRA only, and only for families whose names ComfyUI knows."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "include_workflow",
+                    default=False,
+                    tooltip=(
+                        "Put this graph with its captions and file names into the header, so that the file opens as a"
+                        " workflow. Off: settings only. ComfyUI's --disable-metadata wins."
+                    ),
+                ),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="As LoRA loaders list it.")],
         )
 
     @classmethod
-    def execute(cls, lora, filename_prefix: str, title: str) -> io.NodeOutput:
-        name = save_lora_model(lora, filename_prefix, title)
+    def execute(
+        cls, lora, filename_prefix: str, title: str, format: str = "comfyui", include_workflow: bool = False
+    ) -> io.NodeOutput:
+        workflow = workflow_of(cls.hidden) if include_workflow else None
+        name = save_lora_model(lora, filename_prefix, title, format, workflow)
         return io.NodeOutput(name, ui={"text": (name,)})
 
 

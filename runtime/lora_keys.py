@@ -4,6 +4,8 @@
 and DiTs alike). alpha is always written: without it loaders assume lora_alpha = rank.
 """
 
+from typing import Any
+
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_patcher
@@ -21,6 +23,8 @@ class LoRAModel(dict[str, Tensor]):
     """ComfyUI's LORA_MODEL, a state dict, with the metadata of the run that made it."""
 
     metadata: dict[str, str]
+    diffusers: Any = None
+    """`diffusers_format.diffusers_names` of the model it was trained on; None where that is not known."""
 
     def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
         super().__init__(tensors)

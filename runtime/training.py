@@ -20,6 +20,7 @@ from ..training.data import Dataset
 from ..training.engine import Trainer
 from ..training.optimizers import OptimizerConfig
 from .continuing import continued_network
+from .diffusers_format import diffusers_names
 from .lora_keys import LoRAModel, apply_lora, to_lora_model
 from .objective import prepare, seen_in_flow
 from .paths import save_lora
@@ -100,6 +101,7 @@ def train_lora(
         with network.installed():
             run_or_rescue(trainer, reporter, current, keeper)
         lora = current()
+    lora.diffusers = diffusers_names(model.model)
     return TrainingResult(apply_lora(model, lora), lora, reporter.loss_map())
 
 
