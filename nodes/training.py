@@ -6,6 +6,7 @@ from ..runtime.saving import FORMATS, save_lora_model, workflow_of
 from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
 from .training_adapter import AdapterSettings, OptimizerSettings
 from .training_objective import ObjectiveSettings, TimestepDensitySettings
+from .training_preview import PreviewSettings
 from .training_run import RunSettings
 
 
@@ -221,6 +222,11 @@ class TrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="From Training Run: checkpoints, resuming, guard and log. Not connected: none of them.",
                 ),
+                PreviewSettings.Input(
+                    "preview",
+                    optional=True,
+                    tooltip="From Training Preview: pictures drawn while the run trains. Not connected: none.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -235,13 +241,13 @@ class TrainLoRA(io.ComfyNode):
     def execute(cls, model, latents, positive, validation_percent, empty=None, **settings) -> io.NodeOutput:
         # An optional input that is not connected is missing, or a list of one None.
         single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
-        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run")}
+        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run", "preview")}
         lora_config = LoRAConfig(
             **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
         )
         data = TrainingData(latents, positive, empty[0] if empty else None, validation_percent[0])
         result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, **nodes)
-        return io.NodeOutput(result.model, result.lora, result.loss_map)
+        return io.NodeOutput(result.model, result.lora, result.loss_map, ui=result.ui)
 
 
 class SaveLoRA(io.ComfyNode):

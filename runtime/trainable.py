@@ -54,6 +54,7 @@ class ComfyDenoiser:
     shift: float
 
     def __init__(self, patcher: comfy.model_patcher.ModelPatcher):
+        self.patcher = patcher
         self.real = patcher.model
         self.device = patcher.load_device
         sampling = self.real.model_sampling
@@ -182,7 +183,7 @@ def training_session(patcher: comfy.model_patcher.ModelPatcher, memory_required:
         with torch.no_grad():  # merging a DoRA into weights that ask for gradients fails, and ComfyUI only logs it
             comfy.model_management.load_models_gpu([patcher], memory_required=memory_required, force_full_load=True)
         stack.enter_context(thawed(patcher.model))
-        stack.enter_context(_training_flag())
+        stack.enter_context(training_flag(True))
         yield ComfyDenoiser(patcher)
 
 
@@ -227,14 +228,14 @@ def thawed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _training_flag() -> Iterator[None]:
+def training_flag(value: bool) -> Iterator[None]:
     """Newer ComfyUI uses fused kernels without a backward pass unless its `in_training` says otherwise."""
     management = comfy.model_management
     if not hasattr(management, "in_training"):
         yield
         return
     before = management.in_training
-    management.in_training = True
+    management.in_training = value
     try:
         yield
     finally:

@@ -24,9 +24,11 @@ from .diffusers_format import diffusers_names
 from .lora_keys import LoRAModel, apply_lora, to_lora_model
 from .objective import prepare, seen_in_flow
 from .paths import save_lora
+from .previews import PreviewConfig
 from .progress import TrainingReporter
 from .trainable import ComfyDenoiser, training_session
 from .training_run import RunConfig, RunKeeper, fingerprint, guard_of
+from .watching import watched
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class TrainingResult:
     """The model it was trained on, with the LoRA applied: a clone."""
     lora: LoRAModel
     loss_map: dict
+    ui: dict[str, list[dict[str, str]]] | None = None
+    """What the page shows on the node: the previews."""
 
 
 def train_lora(
@@ -71,6 +75,7 @@ def train_lora(
     adapter: AdapterConfig | None = None,
     optimizer: OptimizerConfig | None = None,
     run: RunConfig | None = None,
+    preview: PreviewConfig | None = None,
 ) -> TrainingResult:
     """Train a LoRA on the model as it is loaded and patched now. The model itself is left exactly as it was.
 
@@ -98,11 +103,12 @@ def train_lora(
         def current() -> LoRAModel:
             return to_lora_model(network, metadata(trainer, adapter or lora_config, denoiser, reporter))
 
-        with network.installed():
+        with network.installed(), watched(trainer, reporter, denoiser, keeper, preview) as previewer:
             run_or_rescue(trainer, reporter, current, keeper)
         lora = current()
     lora.diffusers = diffusers_names(model.model)
-    return TrainingResult(apply_lora(model, lora), lora, reporter.loss_map())
+    ui = None if previewer is None else {"images": previewer.images()}
+    return TrainingResult(apply_lora(model, lora), lora, reporter.loss_map(), ui)
 
 
 def build_network(

@@ -16,8 +16,9 @@ from ..training.config import LoRAConfig, _require
 from ..training.engine import Trainer
 from ..training.events import Event, Notice, StepDone
 from ..training.guard import Guard, GuardConfig
+from .board import require_tensorboard
 from .paths import log_file, runs_folder
-from .progress import TrainingReporter
+from .progress import TrainingReporter, finite
 from .trainable import ComfyDenoiser
 
 
@@ -47,6 +48,8 @@ class RunConfig:
     """None is off."""
     log: str = ""
     """A JSON line for every step goes to this file under the output folder; "" is none."""
+    tensorboard: bool = False
+    """The same numbers for TensorBoard, which must be installed."""
 
     def __post_init__(self):
         for name in ("checkpoint_every_steps", "checkpoint_every_minutes"):
@@ -176,8 +179,8 @@ class RunKeeper:
     def _write_log(self, event: Event) -> None:
         if self.log is None:
             return
-        line = {"event": type(event).__name__, **asdict(event), "time": time.time()}
-        line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        more = self.reporter.more(event)
+        line = finite({"event": type(event).__name__, **asdict(event), **more, "time": time.time()})
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8") as file:
@@ -199,6 +202,8 @@ def run_config(
     )
     if settings["log"]:
         log_file(settings["log"])  # refused here rather than after the model is loaded
+    if settings["tensorboard"]:
+        require_tensorboard()
     return RunConfig(guard=watch if guard else None, **settings)
 
 
