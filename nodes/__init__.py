@@ -17,6 +17,7 @@ from . import (
     training_adapter,
     training_objective,
     training_run,
+    training_text,
 )
 
 
@@ -33,5 +34,6 @@ NODES: list[type[io.ComfyNode]] = [
     *training_adapter.NODES,
     *training_objective.NODES,
     *training_run.NODES,
+    *training_text.NODES,
     *tiny.NODES,
 ]

@@ -7,6 +7,7 @@ from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
 from .training_adapter import AdapterSettings, OptimizerSettings
 from .training_objective import ObjectiveSettings, TimestepDensitySettings
 from .training_run import RunSettings
+from .training_text import TextEncoderSettings
 
 
 _TRAIN, _LORA = TrainConfig(), LoRAConfig()
@@ -221,6 +222,14 @@ class TrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="From Training Run: checkpoints, resuming, guard and log. Not connected: none of them.",
                 ),
+                TextEncoderSettings.Input(
+                    "text_encoder",
+                    optional=True,
+                    tooltip=(
+                        "From Text Encoder LoRA: trains the text encoder too, on its captions. Not connected: it is "
+                        "frozen."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -228,6 +237,13 @@ class TrainLoRA(io.ComfyNode):
                 ),
                 io.LoraModel.Output(display_name="LORA_MODEL"),
                 io.LossMap.Output(display_name="LOSS_MAP"),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip=(
+                        "The CLIP of Text Encoder LoRA with its LoRA at strength 1. Without text_encoder, nodes "
+                        "behind it do not run, and it says so."
+                    ),
+                ),
             ],
         )
 
@@ -235,13 +251,13 @@ class TrainLoRA(io.ComfyNode):
     def execute(cls, model, latents, positive, validation_percent, empty=None, **settings) -> io.NodeOutput:
         # An optional input that is not connected is missing, or a list of one None.
         single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
-        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run")}
+        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run", "text_encoder")}
         lora_config = LoRAConfig(
             **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
         )
         data = TrainingData(latents, positive, empty[0] if empty else None, validation_percent[0])
         result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, **nodes)
-        return io.NodeOutput(result.model, result.lora, result.loss_map)
+        return io.NodeOutput(result.model, result.lora, result.loss_map, result.clip)
 
 
 class SaveLoRA(io.ComfyNode):
