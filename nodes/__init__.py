@@ -18,6 +18,7 @@ from . import (
     training_objective,
     training_preview,
     training_run,
+    training_text,
 )
 
 
@@ -35,5 +36,6 @@ NODES: list[type[io.ComfyNode]] = [
     *training_objective.NODES,
     *training_run.NODES,
     *training_preview.NODES,
+    *training_text.NODES,
     *tiny.NODES,
 ]

@@ -8,6 +8,7 @@ from .training_adapter import AdapterSettings, OptimizerSettings
 from .training_objective import ObjectiveSettings, TimestepDensitySettings
 from .training_preview import PreviewSettings
 from .training_run import RunSettings
+from .training_text import TextEncoderSettings
 
 
 _TRAIN, _LORA = TrainConfig(), LoRAConfig()
@@ -227,6 +228,14 @@ class TrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="From Training Preview: pictures drawn while the run trains. Not connected: none.",
                 ),
+                TextEncoderSettings.Input(
+                    "text_encoder",
+                    optional=True,
+                    tooltip=(
+                        "From Text Encoder LoRA: trains the text encoder too, on its captions. Not connected: it is "
+                        "frozen."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -234,6 +243,13 @@ class TrainLoRA(io.ComfyNode):
                 ),
                 io.LoraModel.Output(display_name="LORA_MODEL"),
                 io.LossMap.Output(display_name="LOSS_MAP"),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip=(
+                        "The CLIP of Text Encoder LoRA with its LoRA at strength 1. Without text_encoder, nodes "
+                        "behind it do not run, and it says so."
+                    ),
+                ),
             ],
         )
 
@@ -241,13 +257,14 @@ class TrainLoRA(io.ComfyNode):
     def execute(cls, model, latents, positive, validation_percent, empty=None, **settings) -> io.NodeOutput:
         # An optional input that is not connected is missing, or a list of one None.
         single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
-        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run", "preview")}
+        names = ("adapter", "optimizer", "run", "preview", "text_encoder")
+        nodes = {name: single.pop(name, None) for name in names}
         lora_config = LoRAConfig(
             **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
         )
         data = TrainingData(latents, positive, empty[0] if empty else None, validation_percent[0])
         result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, **nodes)
-        return io.NodeOutput(result.model, result.lora, result.loss_map, ui=result.ui)
+        return io.NodeOutput(result.model, result.lora, result.loss_map, result.clip, ui=result.ui)
 
 
 class SaveLoRA(io.ComfyNode):

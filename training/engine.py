@@ -14,8 +14,8 @@ from .events import Event, StepDone
 from .guard import Guard
 from .noise import shape_noise
 from .objective import loss_for_batch
-from .optim import MovingAverage, build_optimizer, learning_rate
-from .optimizers import set_training_mode
+from .optim import MovingAverage, build_optimizer, learning_rate, rate_factors
+from .optimizers import ParameterGroup, set_training_mode
 from .protocols import TrainableDenoiser
 from .timesteps import draw_t, sample_t
 from .validation import validate
@@ -39,7 +39,9 @@ class Trainer:
         dataset: Dataset,
         held_out: Dataset | None = None,
         guard: Guard | None = None,
+        others: Sequence[ParameterGroup] = (),
     ):
+        """`others` are trained with `parameters`, each at a rate of its own."""
         if not parameters:
             raise ValueError("there is nothing to train: no parameter was given")
         if config.caption_dropout > 0 and dataset.empty_condition is None:
@@ -49,12 +51,13 @@ class Trainer:
             )
         self.config = config
         self.denoiser = denoiser
-        self.parameters = list(parameters)
+        self.parameters = [*parameters, *(p for other in others for p in other.parameters)]
         self.dataset = dataset
         self.held_out = held_out
         self.accumulate = config.optimizer.accumulate if config.optimizer else 1
         self.order = BatchOrder(dataset, config.batch_size * self.accumulate, config.seed)
-        self.optimizer = build_optimizer(self.parameters, config)
+        self.optimizer = build_optimizer(parameters, config, others)
+        self.rate_factors = rate_factors(self.optimizer, config, others)
         ema_device = "cpu" if config.optimizer and config.optimizer.ema_device == "cpu" else None
         self.average = MovingAverage(self.parameters, config.ema_decay, ema_device) if config.ema_decay > 0 else None
         self.adapter: AdapterNetwork | None = None
@@ -130,8 +133,8 @@ class Trainer:
 
     def train_step(self) -> StepDone:
         rate = learning_rate(self.step, self.config) * self.rate_scale
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group, factor in zip(self.optimizer.param_groups, self.rate_factors, strict=True):
+            group["lr"] = rate * factor
         set_training_mode(self.optimizer, True)
         loss = self._forward_backward(step_generator(self.config.seed, self.step))
         norm = self._clip_gradients()
