@@ -24,6 +24,7 @@ from .continuing import continued_network
 from .lora_keys import LoRAModel, apply_lora, to_lora_model
 from .objective import prepare, seen_in_flow
 from .paths import save_lora
+from .preflight import check_latents, check_settings
 from .progress import TrainingReporter
 from .trainable import ComfyDenoiser, training_session
 from .training_run import RunConfig, RunKeeper, fingerprint, guard_of
@@ -84,9 +85,9 @@ def train_lora(
     memory = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
     with training_session(model, memory) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
-        dataset, held_out = split_held_out(
-            denoiser.dataset(samples, data.positive, data.negative), data.validation_percent
-        )
+        dataset = denoiser.dataset(samples, data.positive, data.negative)
+        check_latents(samples, dataset, reporter)
+        dataset, held_out = split_held_out(dataset, data.validation_percent)
         seen = seen_in_flow(denoiser, config.objective)
         trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run))
         if isinstance(network, AdapterNetwork):
@@ -94,6 +95,7 @@ def train_lora(
         others = {"adapter": asdict(adapter)} if adapter else {}
         identity = fingerprint(denoiser, trainer, lora_config, **others) if run else {}
         keeper = RunKeeper(run, trainer, reporter, identity) if run else None
+        check_settings(trainer, network, lora_config.rank, reporter)
         logger.info("training %d adapters on %d samples", len(network.layers), len(dataset))
 
         def current() -> LoRAModel:
