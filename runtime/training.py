@@ -135,12 +135,20 @@ def run_or_rescue(
     except BaseException:  # cancelling is a BaseException in newer ComfyUI
         if trainer.step:
             _rescue(trainer, current, keeper)
+        else:
+            logger.warning("training stopped before its first step was done: there is nothing to save")
         raise
+    finally:
+        if keeper is not None:
+            keeper.close()
 
 
 def _rescue(trainer: Trainer, current: Callable[[], LoRAModel], keeper: RunKeeper | None) -> None:
-    if keeper is not None:
-        keeper.save()  # before the moving average takes the place of the weights
+    try:
+        if keeper is not None:
+            keeper.save()  # before the moving average takes the place of the weights
+    except Exception as error:  # the LoRA is still to be saved, and the reason for the stop matters more
+        logger.error("no checkpoint at step %d: %s", trainer.step, error)
     trainer.finish()
     lora = current()
     try:

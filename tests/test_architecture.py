@@ -29,7 +29,7 @@ HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths",
 MAY_USE = {
     "": {"comfy_api"},
     "nodes": {"comfy_api"},
-    "runtime": SCIENCE | HOST | {"comfyui_version", "kornia", "torchsde"},
+    "runtime": SCIENCE | HOST | {"comfyui_version", "kornia", "psutil", "torchsde"},
     "samplers": SCIENCE | {"torchsde"},
     "training": SCIENCE,
     "schedules": SCIENCE,
