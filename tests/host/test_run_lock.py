@@ -122,9 +122,10 @@ def test_whoever_lost_the_lock_notices_and_leaves_it_alone(output, other):
 
 def test_a_run_leaves_no_lock_however_it_ends(data, monkeypatch):
     model = tiny.load_tiny_model("unet-v")
-    with monkeypatch.context() as patch, pytest.raises(InterruptProcessingException):
+    with monkeypatch.context() as patch:
         cancel_at(3, patch)
-        train(model, data)
+        with pytest.raises(InterruptProcessingException):
+            train(model, data)
     (folder,) = paths.runs_folder().iterdir()
     assert not (folder / NAME).exists()
     with pytest.raises(ValueError, match="was made with something else"):
@@ -144,9 +145,10 @@ def test_a_folder_that_is_taken_during_the_run_gets_no_more_checkpoints_and_the_
         original(self, event)
 
     known = set(paths.loras_folder().rglob("*.safetensors"))
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"process {other[0].pid}"):
+    with monkeypatch.context() as patch:
         patch.setattr(TrainingReporter, "__call__", steal)
-        train(model, data)
+        with pytest.raises(ValueError, match=f"process {other[0].pid}"):
+            train(model, data)
     (folder,) = paths.runs_folder().iterdir()
     assert [path.stem for path in checkpoints(folder)] == ["step_00000003", "step_00000002"]
     (saved,) = set(paths.loras_folder().rglob("*.safetensors")) - known
