@@ -27,6 +27,7 @@ from .diffusers_format import diffusers_names
 from .lora_keys import LoRAModel, apply_lora, apply_text_lora, to_lora_model
 from .objective import prepare, seen_in_flow
 from .paths import save_lora
+from .preflight import check_latents, check_settings
 from .previews import PreviewConfig
 from .progress import TrainingReporter
 from .text_encoder import LiveText, TextEncoder
@@ -104,6 +105,7 @@ def train_lora(
     with training_session(model, memory, beside) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
         dataset = denoiser.dataset(samples, data.positive, data.negative)
+        check_latents(samples, dataset, reporter)
         text = LiveText(encoder, denoiser, lora_config.seed) if encoder else None
         if text is not None:
             dataset = text.dataset(dataset, data.positive, data.negative)
@@ -116,6 +118,7 @@ def train_lora(
         others |= {"text_encoder": text.identity()} if text else {}
         identity = fingerprint(denoiser, trainer, lora_config, **others) if run else {}
         keeper = RunKeeper(run, trainer, reporter, identity) if run else None
+        check_settings(trainer, network, lora_config.rank, reporter)
         logger.info("training %d adapters on %d samples", len(network.layers), len(dataset))
 
         def current() -> LoRAModel:
@@ -158,12 +161,20 @@ def run_or_rescue(
     except BaseException:  # cancelling is a BaseException in newer ComfyUI
         if trainer.step:
             _rescue(trainer, current, keeper)
+        else:
+            logger.warning("training stopped before its first step was done: there is nothing to save")
         raise
+    finally:
+        if keeper is not None:
+            keeper.close()
 
 
 def _rescue(trainer: Trainer, current: Callable[[], LoRAModel], keeper: RunKeeper | None) -> None:
-    if keeper is not None:
-        keeper.save()  # before the moving average takes the place of the weights
+    try:
+        if keeper is not None:
+            keeper.save()  # before the moving average takes the place of the weights
+    except Exception as error:  # the LoRA is still to be saved, and the reason for the stop matters more
+        logger.error("no checkpoint at step %d: %s", trainer.step, error)
     trainer.finish()
     lora = current()
     try:

@@ -1,13 +1,14 @@
 """The training loop. It yields events and knows nothing of nodes, files or progress bars."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapter_kinds import AdapterNetwork
+from .checkpoint import clone
 from .config import TrainConfig
 from .data import BatchOrder, Dataset, step_generator
 from .events import Event, StepDone
@@ -66,6 +67,7 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.rate_scale = 1.0
+        self.finished = False
         self.whole = True
         """False for the moment in which an update is half made: `state` is then worth nothing."""
 
@@ -90,12 +92,32 @@ class Trainer:
     def finish(self) -> None:
         """Put the moving average in place of the last weights, where there is one. Safe to call twice."""
         set_training_mode(self.optimizer, False)
+        self.finished = True
         if self.average is not None and self.average.updates:
             self.average.copy_to_parameters()
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The weights as they are to be used, for a look at them; those of training come back bit for bit.
+
+        Schedule-free optimizers keep other weights while training, and their way there and back rounds.
+        """
+        if self.finished or not callable(getattr(self.optimizer, "eval", None)):
+            yield
+            return
+        kept = clone(self.parameters)
+        set_training_mode(self.optimizer, False)
+        try:
+            yield
+        finally:
+            set_training_mode(self.optimizer, True)
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(value)
+
     def weights(self) -> dict[str, Any]:
         """What an update changes: references to parameters, optimizer state and moving average."""
-        set_training_mode(self.optimizer, True)  # schedule-free optimizers keep other weights while validating
+        set_training_mode(self.optimizer, True)
         average = self.average and {"average": self.average.average, "updates": self.average.updates}
         return {"parameters": self.parameters, "optimizer": self.optimizer.state_dict(), "average": average}
 
@@ -201,5 +223,5 @@ class Trainer:
 
     def _validate(self):
         assert self.held_out is not None
-        set_training_mode(self.optimizer, False)
-        return validate(self.denoiser, self.held_out, self.config.batch_size, self.config.seed, self.step)
+        with self.shown():
+            return validate(self.denoiser, self.held_out, self.config.batch_size, self.config.seed, self.step)
