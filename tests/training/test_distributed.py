@@ -43,7 +43,7 @@ def test_processes_share_a_batch(tmp_path):
     assert close(alone, two)
     moved = alone["trainer"]["weights"]["parameters"]
     assert moved[0].abs().sum() > 0 and moved[2].abs().sum() > 0 and moved[3].abs().sum() == 0
-    assert alone["batches"][10:-10] == [4] * 24 and two["batches"][5:-5] == [2] * 24
+    assert alone["batches"][10:] == [4] * 24 and two["batches"][5:] == [2] * 24
 
 
 def test_another_number_of_processes_goes_on(tmp_path):
