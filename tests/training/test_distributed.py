@@ -36,8 +36,13 @@ def close(a: dict, b: dict) -> bool:
     return all(torch.allclose(x, y, rtol=1e-5, atol=1e-6) for x, y in pairs)
 
 
-def test_processes_share_a_batch(tmp_path):
-    alone, two = run(tmp_path / "1", 1, 12), run(tmp_path / "2", 2, 12)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict:
+    return run(tmp_path_factory.mktemp("alone"), 1, 12)
+
+
+def test_processes_share_a_batch(tmp_path, alone):
+    two = run(tmp_path, 2, 12)
     assert alone["losses"] == pytest.approx(two["losses"], rel=1e-5)
     assert alone["validations"] == pytest.approx(two["validations"], rel=1e-5)
     assert close(alone, two)
@@ -46,11 +51,9 @@ def test_processes_share_a_batch(tmp_path):
     assert alone["batches"][10:] == [4] * 24 and two["batches"][5:] == [2] * 24
 
 
-def test_another_number_of_processes_goes_on(tmp_path):
-    complete = run(tmp_path / "1", 1, 12)
-    run(tmp_path / "mixed", 2, 5)
-    run(tmp_path / "mixed", 4, 9)
-    assert close(run(tmp_path / "mixed", 1, 12), complete)
+def test_another_number_of_processes_goes_on(tmp_path, alone):
+    run(tmp_path, 1, 5)
+    assert close(run(tmp_path, 4, 12), alone)
 
 
 def test_shares():
