@@ -11,6 +11,7 @@ from .adapter_kinds import AdapterNetwork
 from .checkpoint import clone
 from .config import TrainConfig
 from .data import BatchOrder, Dataset, step_generator
+from .distributed import World, parts
 from .events import Event, StepDone
 from .guard import Guard
 from .noise import shape_noise
@@ -55,8 +56,16 @@ class Trainer:
         self.parameters = [*parameters, *(p for other in others for p in other.parameters)]
         self.dataset = dataset
         self.held_out = held_out
+        self.world = World.current()
+        self.world.share(config.batch_size)
+        if self.world.size > 1 and config.objective.ot_pairing:
+            raise ValueError(
+                f"ot_pairing needs the whole batch in one process, and there are {self.world.size}: switch it off, or "
+                "use one process"
+            )
         self.accumulate = config.optimizer.accumulate if config.optimizer else 1
         self.order = BatchOrder(dataset, config.batch_size * self.accumulate, config.seed)
+        self.loss = self.world.averaged(self._loss_of, self.parameters)
         self.optimizer = build_optimizer(parameters, config, others)
         self.rate_factors = rate_factors(self.optimizer, config, others)
         ema_device = "cpu" if config.optimizer and config.optimizer.ema_device == "cpu" else None
@@ -184,26 +193,29 @@ class Trainer:
         return StepDone(self.step, self.config.steps, loss.item(), rate, norm.item(), not healthy)
 
     def _forward_backward(self, generator: torch.Generator) -> Tensor:
+        """Gradients of a whole batch, and its mean loss; this process goes through its own share of the rows."""
         rows = self.order.indices(self.step)
-        x0 = torch.stack([self.dataset.latents[i] for i in rows])
-        eps = torch.randn(x0.shape, generator=generator).to(x0)
-        t = self.denoiser.snap(self._draw_t(x0, generator))
+        share = self.world.share(len(rows))
+        x0 = torch.stack([self.dataset.latents[i] for i in rows[share]])
+        eps = torch.randn(len(rows), *x0.shape[1:], generator=generator).to(x0)
+        t = self.denoiser.snap(self._draw_t(eps, generator))[share]
         keep = torch.rand(len(rows), generator=generator) >= self.config.caption_dropout
         conditions = [
             self.dataset.conditions[i] if kept else self.dataset.empty_condition
-            for i, kept in zip(rows, keep.tolist(), strict=True)
+            for i, kept in zip(rows[share], keep[share].tolist(), strict=True)
         ]
-        objective = self.config.objective
-        eps, seen = shape_noise(eps, x0, objective, generator)
+        eps, seen = (noise[share] for noise in shape_noise(eps, x0, self.config.objective, generator))
         dropout = nullcontext() if self.adapter is None else self.adapter.dropout(self.step)
-        total, size = torch.zeros((), device=x0.device), self.config.batch_size
+        total = torch.zeros((), device=x0.device)
         with dropout, self.denoiser.gradient_context():
-            for part in (slice(first, first + size) for first in range(0, len(x0), size)):
-                batch = x0[part], conditions[part], eps[part], t[part]
-                loss = loss_for_batch(self.denoiser, *batch, objective, seen[part]).sum() / len(x0)
+            for part in parts(len(x0), self.config.batch_size // self.world.size):
+                loss = self.loss(x0[part], conditions[part], eps[part], t[part], seen[part]).sum() / len(x0)
                 loss.backward()
                 total = total + loss.detach()
-        return total
+        return self.world.mean(total)
+
+    def _loss_of(self, x0: Tensor, conditions: list, eps: Tensor, t: Tensor, seen: Tensor) -> Tensor:
+        return loss_for_batch(self.denoiser, x0, conditions, eps, t, self.config.objective, seen)
 
     def _draw_t(self, x0: Tensor, generator: torch.Generator) -> Tensor:
         process, shift = self.denoiser.process, self.denoiser.shift
@@ -223,5 +235,6 @@ class Trainer:
 
     def _validate(self):
         assert self.held_out is not None
+        config = self.config
         with self.shown():
-            return validate(self.denoiser, self.held_out, self.config.batch_size, self.config.seed, self.step)
+            return validate(self.denoiser, self.held_out, config.batch_size, config.seed, self.step, self.world)
