@@ -2,7 +2,8 @@
 
     python train.py job.toml                                     one process
     torchrun --nproc-per-node 8 train.py job.toml                one process for each GPU
-    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 3 train.py job.toml
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+        --max-restarts 3 train.py job.toml
 
 ComfyUI is found two folders up, where the pack is installed, or where the environment variable COMFYUI_PATH says. Needs
 Python 3.11. The number of processes changes nothing but the speed; docs/scaling.md says how much to expect.

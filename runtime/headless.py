@@ -1,6 +1,7 @@
 """A MODEL from the graph that made it, in a process without a page: what is upstream of an input, run by ComfyUI."""
 
 import asyncio
+import importlib
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 import comfy.model_patcher
 import execution
 import folder_paths
-import nodes
-import server
 
 
+nodes: Any = importlib.import_module("nodes")  # ComfyUI's; a type checker would find ours
+server: Any = importlib.import_module("server")
 Prompt = dict[str, dict[str, Any]]
 """ComfyUI's API format: node id -> class_type and inputs; a link is [node id, output index]."""
 SINK = "Tidetable_JobModel"
@@ -89,9 +90,7 @@ def load_missing(prompt: Prompt) -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)  # ComfyUI fails on one that is not there
         asyncio.run(nodes.init_external_custom_nodes())
     if missing := missing_nodes(prompt):
-        raise ValueError(
-            f"this ComfyUI does not have {', '.join(missing)}: install the packs that the job's graph uses"
-        )
+        raise ValueError(f"this ComfyUI does not have {', '.join(missing)}: install the packs of the job's graph")
 
 
 def missing_nodes(prompt: Prompt) -> list[str]:

@@ -10,11 +10,11 @@ from torch import Tensor
 from .adapter_kinds import AdapterNetwork
 from .checkpoint import clone
 from .config import TrainConfig
-from .data import BatchOrder, Dataset, step_generator
+from .data import BatchOrder, Dataset, row_noise, step_generator
 from .distributed import World, parts
 from .events import Event, StepDone
 from .guard import Guard
-from .noise import shape_noise
+from .noise import shape_noise, shapes_noise
 from .objective import loss_for_batch
 from .optim import MovingAverage, build_optimizer, learning_rate, rate_factors
 from .optimizers import ParameterGroup, set_training_mode
@@ -197,14 +197,19 @@ class Trainer:
         rows = self.order.indices(self.step)
         share = self.world.share(len(rows))
         x0 = torch.stack([self.dataset.latents[i] for i in rows[share]])
-        eps = torch.randn(len(rows), *x0.shape[1:], generator=generator).to(x0)
-        t = self.denoiser.snap(self._draw_t(eps, generator))[share]
+        objective = self.config.objective
+        # Each row's noise is a function of (seed, step, row), so that a process draws its own rows only.
+        drawn = range(len(rows)) if shapes_noise(objective) else range(len(rows))[share]
+        eps = torch.stack([row_noise(x0[0], self.config.seed, self.step, row) for row in drawn])
+        t = self.denoiser.snap(self._draw_t(len(rows), x0.shape[1:], generator))[share]
         keep = torch.rand(len(rows), generator=generator) >= self.config.caption_dropout
         conditions = [
             self.dataset.conditions[i] if kept else self.dataset.empty_condition
             for i, kept in zip(rows[share], keep[share].tolist(), strict=True)
         ]
-        eps, seen = (noise[share] for noise in shape_noise(eps, x0, self.config.objective, generator))
+        eps, seen = shape_noise(eps, x0, objective, generator)
+        if len(eps) > len(x0):
+            eps, seen = eps[share], seen[share]
         dropout = nullcontext() if self.adapter is None else self.adapter.dropout(self.step)
         total = torch.zeros((), device=x0.device)
         with dropout, self.denoiser.gradient_context():
@@ -217,11 +222,11 @@ class Trainer:
     def _loss_of(self, x0: Tensor, conditions: list, eps: Tensor, t: Tensor, seen: Tensor) -> Tensor:
         return loss_for_batch(self.denoiser, x0, conditions, eps, t, self.config.objective, seen)
 
-    def _draw_t(self, x0: Tensor, generator: torch.Generator) -> Tensor:
+    def _draw_t(self, count: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         process, shift = self.denoiser.process, self.denoiser.shift
         if self.config.timestep_density is None:
-            return sample_t(self.config, len(x0), process.name == "flow", shift, generator)
-        return draw_t(self.config.timestep_density, len(x0), x0.shape[1:], process, shift, generator)
+            return sample_t(self.config, count, process.name == "flow", shift, generator)
+        return draw_t(self.config.timestep_density, count, shape, process, shift, generator)
 
     def _clip_gradients(self) -> Tensor:
         limit = self.config.max_grad_norm or float("inf")
