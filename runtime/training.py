@@ -18,9 +18,11 @@ from ..training.adapter_settings import AdapterConfig, match_targets
 from ..training.adapters import LoRANetwork, select_targets
 from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.data import Dataset
+from ..training.dataset.encoded import EncodedDataset
 from ..training.engine import Trainer
 from ..training.optimizers import OptimizerConfig
 from .continuing import continued_network
+from .encoded import encoded_datasets, largest_latent
 from .lora_keys import LoRAModel, apply_lora, to_lora_model
 from .objective import prepare, seen_in_flow
 from .paths import save_lora
@@ -39,18 +41,25 @@ RESCUE_PREFIX = "tidetable/unfinished"
 class TrainingData:
     """What the node was connected to."""
 
-    latents: Sequence[dict]
-    positive: Sequence[list]
+    latents: Sequence[dict] = ()
+    positive: Sequence[list] = ()
     negative: list | None = None
     """The empty conditioning for caption dropout."""
     validation_percent: int = 0
     """Share of the samples that is held out for validation, 0 to 50."""
+    encoded: EncodedDataset | None = None
+    """From Encode Dataset, in place of `latents`, `positive` and `negative`."""
 
     def samples(self) -> list[Tensor]:
-        """Every latent [C, ...] by itself, in order. ValueError where there is none."""
+        """Every latent [C, ...] by itself, in order; of an encoded data set the largest one. ValueError for none."""
+        if self.encoded is not None:
+            return [largest_latent(self.encoded)]
         rows = [row for latent in self.latents for row in latent["samples"]]
         if not rows:
-            raise ValueError("the latents are empty: connect the latents of at least one image (VAE Encode)")
+            raise ValueError(
+                "there is nothing to train on, the latents are empty: connect the latents of at least one image (VAE "
+                "Encode) and their conditionings, or a dataset (Encode Dataset)"
+            )
         return rows
 
 
@@ -84,9 +93,7 @@ def train_lora(
     memory = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
     with training_session(model, memory) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
-        dataset, held_out = split_held_out(
-            denoiser.dataset(samples, data.positive, data.negative), data.validation_percent
-        )
+        dataset, held_out = datasets_of(denoiser, data, samples, reporter)
         seen = seen_in_flow(denoiser, config.objective)
         trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run))
         if isinstance(network, AdapterNetwork):
@@ -103,6 +110,37 @@ def train_lora(
             run_or_rescue(trainer, reporter, current, keeper)
         lora = current()
     return TrainingResult(apply_lora(model, lora), lora, reporter.loss_map())
+
+
+def training_data(
+    latents: Sequence[dict | None] | None,
+    positive: Sequence[list | None] | None,
+    empty: Sequence[list | None] | None,
+    validation_percent: int,
+    encoded: EncodedDataset | None = None,
+) -> TrainingData:
+    """What the node was given, where inputs that are not connected are None or [None]."""
+    rows = [row for row in latents or () if row is not None]
+    texts = [text for text in positive or () if text is not None]
+    none = next((text for text in empty or () if text is not None), None)
+    if encoded is not None and (rows or texts or none is not None):
+        raise ValueError(
+            "both a dataset and latents, positive or empty are connected: disconnect one. Encode Dataset brings the "
+            "captions and the empty one with it"
+        )
+    if bool(rows) != bool(texts):
+        raise ValueError("latents and positive belong together: connect both, or a dataset in their place")
+    return TrainingData(rows, texts, none, validation_percent, encoded)
+
+
+def datasets_of(
+    denoiser: ComfyDenoiser, data: TrainingData, samples: Sequence[Tensor], reporter: TrainingReporter
+) -> tuple[Dataset, Dataset | None]:
+    """(to train on, held out or None), in memory or read from a cache while training."""
+    if data.encoded is None:
+        whole = denoiser.dataset(samples, data.positive, data.negative)
+        return split_held_out(whole, data.validation_percent)
+    return encoded_datasets(denoiser, data.encoded, data.validation_percent, reporter.say)
 
 
 def build_network(

@@ -42,7 +42,7 @@ class Trainer:
     ):
         if not parameters:
             raise ValueError("there is nothing to train: no parameter was given")
-        if config.caption_dropout > 0 and dataset.empty_condition is None:
+        if config.caption_dropout > 0 and dataset.empty_condition is None and dataset.empties is None:
             raise ValueError(
                 f"caption_dropout is {config.caption_dropout}, but no empty conditioning was given: connect one, or"
                 " use 0"
@@ -164,10 +164,7 @@ class Trainer:
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         t = self.denoiser.snap(self._draw_t(x0, generator))
         keep = torch.rand(len(rows), generator=generator) >= self.config.caption_dropout
-        conditions = [
-            self.dataset.conditions[i] if kept else self.dataset.empty_condition
-            for i, kept in zip(rows, keep.tolist(), strict=True)
-        ]
+        conditions = [self.dataset.condition(i, not kept) for i, kept in zip(rows, keep.tolist(), strict=True)]
         objective = self.config.objective
         eps, seen = shape_noise(eps, x0, objective, generator)
         dropout = nullcontext() if self.adapter is None else self.adapter.dropout(self.step)
