@@ -152,6 +152,8 @@ def _rescue(trainer: Trainer, current: Callable[[], LoRAModel], keeper: RunKeepe
     except Exception as error:  # the LoRA is still to be saved, and the reason for the stop matters more
         logger.error("no checkpoint at step %d: %s", trainer.step, error)
     trainer.finish()
+    if trainer.world.rank > 0:
+        return
     lora = current()
     try:
         path = save_lora(lora, f"{RESCUE_PREFIX}_step{trainer.step}", lora.metadata)
