@@ -223,6 +223,20 @@ def test_runs_without_a_name_do_not_write_over_each_other(data, prompts):
     assert len(picture_files("training_00001")) == len(picture_files("training_00002")) == 4
 
 
+@pytest.mark.parametrize(
+    ("count", "prompts", "size"),
+    [(1, 1, (768, 576)), (2, 2, (768, 288)), (8, 2, (768, 1152)), (9, 1, (768, 576)), (2, 3, (512, 192))],
+)
+def test_the_sheet_has_every_picture_in_its_place(count, prompts, size):
+    colors = [(20 * index, 255 - 20 * index, 100) for index in range(count)]
+    whole = previews.sheet([Image.new("RGB", (128, 96), color) for color in colors], prompts)
+    assert whole.size == size
+    columns = prompts * max(1, round(count**0.5 / prompts))
+    width, height = 768 // columns, 576 // columns
+    for index, color in enumerate(colors):
+        assert whole.getpixel((index % columns * width + width // 2, index // columns * height + height // 2)) == color
+
+
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
