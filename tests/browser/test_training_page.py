@@ -54,6 +54,8 @@ def test_a_run_shows_its_numbers_and_its_pictures(page: Page):
     graph[TRAIN][2] = {**graph[TRAIN][2], "seed": seed}
     ids = page.evaluate(BUILD, graph)
     page.evaluate("app.canvas.ds.scale = 0.8")
+    widgets = page.evaluate("LiteGraph.createNode('Tidetable_TrainingPreview').widgets.map(widget => widget.name)")
+    assert widgets == ["every", "cfg", "seed", "width", "height"], "no control that changes the seed"
     train = ids[TRAIN]
     page.evaluate("""() => {
         window.ended = null

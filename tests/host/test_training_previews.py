@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicScheduler, KSamplerSelect, SamplerCustom
 from PIL import Image
 
@@ -278,6 +279,18 @@ def test_what_left_in_place_protects_and_for_how_long(data):
             runs_out_of_memory()
         comfy.model_management.free_memory(1e30, device)
         assert fingerprint(model)["weights"] != patched, "and afterwards it is ComfyUI's again"
+
+
+def test_wrappers_draw_along_but_for_compiled_code(data, prompts):
+    """Code that torch.compile makes of a model with adapters could be used after the run, when they are gone."""
+    calls, model = [], tiny.load_tiny_model("mmdit-flow").clone()
+    for key in ("torch.compile", "other"):
+        model.add_wrapper_with_key(
+            WrappersMP.APPLY_MODEL, key, lambda run, *args, key=key, **more: calls.append(key) or run(*args, **more)
+        )
+    train(model, data, preview=made(model, prompts, every=[0]))
+    assert set(calls) == {"other"} and set(model.wrappers[WrappersMP.APPLY_MODEL]) == {"torch.compile", "other"}
+    assert WrappersMP.PREPARE_SAMPLING not in model.wrappers
 
 
 # ── cancel, failures ────────────────────────────────────────────────────────────────────────────────────────────────
