@@ -14,11 +14,14 @@ import torch
 from comfy.clip_model import CLIPTextModel
 from torch import Tensor, nn
 
+from ..training.adapter_kinds import AdapterNetwork
+from ..training.adapter_settings import AdapterConfig
 from ..training.adapters import LoRANetwork, select_targets
 from ..training.checkpoint import digest
 from ..training.config import LoRAConfig, Targets, _require
 from ..training.data import Dataset
 from ..training.optimizers import ParameterGroup
+from .continuing import continued_text
 from .lora_keys import LoRAModel, text_tensors
 from .trainable import ComfyDenoiser, Row, _own, plain_patcher
 from .training_run import _sample
@@ -98,17 +101,21 @@ class TextEncoder:
 class LiveText:
     """A CLIP inside a training session: what it says about a caption has a gradient to its adapters."""
 
-    def __init__(self, encoder: TextEncoder, denoiser: ComfyDenoiser, seed: int):
+    def __init__(self, encoder: TextEncoder, denoiser: ComfyDenoiser, seed: int, adapter: AdapterConfig | None = None):
+        """`adapter` is the model's: its continue_from is a file whose text encoder part goes on too."""
         config, patcher = encoder.config, encoder.clip.patcher
         if patcher.forced_hooks is not None:
             raise ValueError("a CLIP with hooks on it (Set CLIP Hooks) cannot be trained: connect it without them")
         self.encoder, self.denoiser, self.clip = encoder, denoiser, encoder.clip
         lora = LoRAConfig(rank=config.rank, lora_alpha=config.lora_alpha, targets=config.targets, seed=seed)
-        self.network = LoRANetwork(encoder.layers(), lora, patcher.load_device)
         self.tokens: dict[str, Any] = {}
+        self.network: LoRANetwork | AdapterNetwork = LoRANetwork(encoder.layers(), lora, patcher.load_device)
         with self.installed():
-            reached = self._reached()
+            reached = self._reached(self.network)
         self.network = LoRANetwork(reached, lora, patcher.load_device)
+        if adapter is not None and adapter.continue_from:
+            found = continued_text(self.clip.cond_stage_model, replace(adapter, seed=seed), patcher.load_device)
+            self.network = found or self.network
         denoiser.resolve = self.rows
         logger.info("training %d adapters of the text encoder", len(self.network.layers))
 
@@ -182,14 +189,14 @@ class LiveText:
     def _options(self, conditioning: list) -> dict[str, Any]:
         return {key: _own(value, self.denoiser.device) for key, value in conditioning[0][1].items()}
 
-    def _reached(self) -> dict[str, nn.Module]:
+    def _reached(self, network: LoRANetwork) -> dict[str, nn.Module]:
         """The layers on which the conditioning depends; not those behind a clip skip, or an unused projection.
 
         ValueError where no gradient arrives at any: weights in a format without a backward pass, for example.
         """
         cross_attn, options = self.encode(self.encoder.captions[0])
         outputs = [x for x in (cross_attn, *options.values()) if isinstance(x, Tensor) and x.requires_grad]
-        ups, grads, reason = [adapter.up for adapter in self.network.adapters.values()], (), ""
+        ups, grads, reason = [adapter.up for adapter in network.adapters.values()], (), ""
         # Weights that differ, because the plain sum of what a norm puts out is constant.
         weights = [torch.linspace(-1, 1, x.numel()).to(x).reshape(x.shape) for x in outputs]
         try:
@@ -197,12 +204,12 @@ class LiveText:
         except RuntimeError as error:
             reason = f" ({error})"
         if not any(grad is not None and bool(grad.any()) for grad in grads):
-            network = type(self.clip.cond_stage_model).__name__
+            name = type(self.clip.cond_stage_model).__name__
             raise ValueError(
-                f"no gradient reaches the layers of this CLIP ({network}){reason}: load it unquantized, or leave "
+                f"no gradient reaches the layers of this CLIP ({name}){reason}: load it unquantized, or leave "
                 "text_encoder unconnected"
             )
-        layers = zip(self.network.layers.items(), grads, strict=True)
+        layers = zip(network.layers.items(), grads, strict=True)
         return {name: layer for (name, layer), grad in layers if grad is not None}
 
 

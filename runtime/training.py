@@ -99,7 +99,7 @@ def train_lora(
     with training_session(model, memory, beside) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
         dataset = denoiser.dataset(samples, data.positive, data.negative)
-        text = LiveText(encoder, denoiser, lora_config.seed) if encoder else None
+        text = LiveText(encoder, denoiser, lora_config.seed, adapter) if encoder else None
         if text is not None:
             dataset = text.dataset(dataset, data.positive, data.negative)
         dataset, held_out = split_held_out(dataset, data.validation_percent)

@@ -28,6 +28,7 @@ from tidetable.tests.host.text_models import (
 )
 from tidetable.tests.host.training_runs import LORA, quick_run
 from tidetable.training import engine
+from tidetable.training.adapter_settings import AdapterConfig
 from tidetable.training.adapters import LoRANetwork, select_targets
 from tidetable.training.config import TrainConfig
 from tidetable.training.objective import loss_for_batch
@@ -241,6 +242,22 @@ def test_a_cancelled_run_goes_on_bit_for_bit_and_leaves_the_clip_clean(pair, mon
     train(model, other, data, config, run=quick_run())
     assert len(list(paths.runs_folder().iterdir())) == folders + 3, "other captions, rates or CLIPs are other runs"
     assert (fingerprint(model), fingerprint(clip.patcher)) == before
+
+
+def test_a_file_goes_on_with_both_its_parts(pair):
+    """At a rate of nothing, what was continued is what the file said."""
+    model, clip = pair
+    first = train(model, clip)
+    adapter = AdapterConfig(continue_from=SaveLoRA.execute(first.lora, "tests/go-on", "")[0])
+    still = replace(CONFIG, learning_rate=1e-12)
+    second = train(model, clip, None, still, replace(TEXT, learning_rate=1e-12, rank=2), adapter=adapter)
+    assert second.lora.keys() == first.lora.keys()
+    assert all(torch.allclose(second.lora[name], first.lora[name], atol=1e-7) for name in first.lora)
+    assert same(encode(second.clip, CAPTIONS[1]), encode(first.clip, CAPTIONS[1]))
+    moved = train(model, clip, None, CONFIG, TEXT, adapter=adapter)
+    assert not same(encode(moved.clip, CAPTIONS[1]), encode(first.clip, CAPTIONS[1]))
+    alone = train(model, clip, None, CONFIG, None, adapter=adapter)
+    assert all(name.startswith("diffusion_model.") for name in alone.lora)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "muon"])
