@@ -33,6 +33,7 @@ from tidetable.training.adapters import LoRANetwork, select_targets
 from tidetable.training.config import TrainConfig
 from tidetable.training.objective import loss_for_batch
 from tidetable.training.optimizers import OptimizerConfig
+from tidetable.training.recipe import ObjectiveConfig
 from tidetable.training.validation import validate
 
 
@@ -242,6 +243,24 @@ def test_a_cancelled_run_goes_on_bit_for_bit_and_leaves_the_clip_clean(pair, mon
     train(model, other, data, config, run=quick_run())
     assert len(list(paths.runs_folder().iterdir())) == folders + 3, "other captions, rates or CLIPs are other runs"
     assert (fingerprint(model), fingerprint(clip.patcher)) == before
+
+
+def test_with_all_settings_at_once_a_cancelled_run_goes_on_bit_for_bit(monkeypatch):
+    """Another kind of adapter with dropout, another optimizer, accumulation, the bridge and the guard."""
+    model, clip = small_model("sd15"), small_clip("sd15")
+    data = training_data(clip, CAPTIONS * 2, percent=25)
+    objective = ObjectiveConfig(flow="bridge", loss="huber")
+    config = TrainConfig(steps=6, batch_size=2, seed=3, caption_dropout=0.3, validate_every=4, objective=objective)
+    settings = {
+        "adapter": AdapterConfig(kind="dora", rank=4, rank_dropout=0.2, max_norm=1.0),
+        "optimizer": OptimizerConfig(name="adafactor", warmup=2, accumulate=2, ema_decay=0.9, ema_device="cpu"),
+    }
+    complete = train(model, clip, data, config, captions=CAPTIONS * 2, **settings)
+    with monkeypatch.context() as patch:
+        cancel_at(3, patch)
+        with pytest.raises(InterruptProcessingException):
+            train(model, clip, data, config, captions=CAPTIONS * 2, run=quick_run(), **settings)
+    assert equal(train(model, clip, data, config, captions=CAPTIONS * 2, run=quick_run(), **settings), complete)
 
 
 def test_a_file_goes_on_with_both_its_parts(pair):
