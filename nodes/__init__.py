@@ -16,6 +16,7 @@ from . import (
     training,
     training_adapter,
     training_objective,
+    training_preview,
     training_run,
     training_text,
 )
@@ -34,6 +35,7 @@ NODES: list[type[io.ComfyNode]] = [
     *training_adapter.NODES,
     *training_objective.NODES,
     *training_run.NODES,
+    *training_preview.NODES,
     *training_text.NODES,
     *tiny.NODES,
 ]

@@ -5,6 +5,7 @@ and DiTs alike). alpha is always written: without it loaders assume lora_alpha =
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..training.adapter_kinds import AdapterNetwork
-from ..training.adapters import LoRANetwork
 
 
 FIRST_FACTORS = (".lora_up.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")
@@ -27,13 +27,15 @@ class LoRAModel(dict[str, Tensor]):
     """ComfyUI's LORA_MODEL, a state dict, with the metadata of the run that made it."""
 
     metadata: dict[str, str]
+    diffusers: Any = None
+    """`diffusers_format.diffusers_names` of the model it was trained on; None where that is not known."""
 
     def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
         super().__init__(tensors)
         self.metadata = metadata
 
 
-def to_lora_model(network: LoRANetwork | AdapterNetwork, metadata: dict[str, str]) -> LoRAModel:
+def to_lora_model(network: AdapterNetwork, metadata: dict[str, str]) -> LoRAModel:
     """The trained adapter as LORA_MODEL: fp32, on the CPU, independent of the training run."""
     tensors: dict[str, Tensor] = {}
     with torch.inference_mode(False):
@@ -56,7 +58,7 @@ def apply_text_lora(clip: comfy.sd.CLIP, lora: dict[str, Tensor], strength: floa
     return _apply({name: tensor for name, tensor in lora.items() if name.startswith(TEXT)}, keys, clip, strength)
 
 
-def text_tensors(network: LoRANetwork | AdapterNetwork, clip: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def text_tensors(network: AdapterNetwork, clip: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a trained text encoder by the names of a file: kohya's where ComfyUI knows them for the layer.
 
     lora_te_ where there is one text model, lora_te1_, lora_te2_, … where there are several.

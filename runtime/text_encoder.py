@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..training.adapter_kinds import AdapterNetwork
 from ..training.adapter_settings import AdapterConfig
-from ..training.adapters import LoRANetwork, select_targets
+from ..training.adapters import select_targets
 from ..training.checkpoint import digest
 from ..training.config import LoRAConfig, Targets, _require
 from ..training.data import Dataset
@@ -106,12 +106,12 @@ class LiveText:
         if patcher.forced_hooks is not None:
             raise ValueError("a CLIP with hooks on it (Set CLIP Hooks) cannot be trained: connect it without them")
         self.encoder, self.denoiser, self.clip = encoder, denoiser, encoder.clip
-        lora = LoRAConfig(rank=config.rank, lora_alpha=config.lora_alpha, targets=config.targets, seed=seed)
+        lora = AdapterConfig(rank=config.rank, lora_alpha=config.lora_alpha, targets=config.targets, seed=seed)
+        self.network = AdapterNetwork(encoder.layers(), lora, patcher.load_device)
         self.tokens: dict[str, Any] = {}
-        self.network: LoRANetwork | AdapterNetwork = LoRANetwork(encoder.layers(), lora, patcher.load_device)
         with self.installed():
-            reached = self._reached(self.network)
-        self.network = LoRANetwork(reached, lora, patcher.load_device)
+            reached = self._reached()
+        self.network = AdapterNetwork(reached, lora, patcher.load_device)
         if adapter is not None and adapter.continue_from:
             found = continued_text(self.clip.cond_stage_model, replace(adapter, seed=seed), patcher.load_device)
             self.network = found or self.network
@@ -192,7 +192,7 @@ class LiveText:
     def _options(self, conditioning: list) -> dict[str, Any]:
         return {key: _own(value, self.denoiser.device) for key, value in conditioning[0][1].items()}
 
-    def _reached(self, network: LoRANetwork) -> dict[str, nn.Module]:
+    def _reached(self) -> dict[str, nn.Module]:
         """The layers on which the conditioning depends; not those behind a clip skip, or an unused projection.
 
         ValueError where no gradient arrives at any layer of a text model: weights in a format without a backward pass,
@@ -200,16 +200,16 @@ class LiveText:
         """
         cross_attn, options = self.encode(self.encoder.captions[0])
         outputs = [x for x in (cross_attn, *options.values()) if isinstance(x, Tensor) and x.requires_grad]
-        ups, grads, reason = [adapter.up for adapter in network.adapters.values()], (), ""
+        ups, grads, reason = [getattr(a, a.last) for a in self.network.adapters.values()], (), ""
         # Weights that differ, because the plain sum of what a norm puts out is constant.
         weights = [torch.linspace(-1, 1, x.numel()).to(x).reshape(x.shape) for x in outputs]
         try:
             grads = torch.autograd.grad(outputs, ups, weights, allow_unused=True) if outputs else ()
         except RuntimeError as error:
             reason = f" ({error})"
-        layers = list(zip(network.layers.items(), grads, strict=False))
+        layers = list(zip(self.network.layers.items(), grads, strict=False))
         alive = {name.split(".")[0] for (name, _), grad in layers if grad is not None and bool(grad.any())}
-        dead = sorted({name.split(".")[0] for name in network.layers} - alive)
+        dead = sorted({name.split(".")[0] for name in self.network.layers} - alive)
         if dead:
             raise ValueError(
                 f"no gradient reaches the layers of {', '.join(dead)}{reason}: load it unquantized, leave it out of "

@@ -54,6 +54,7 @@ class ComfyDenoiser:
     shift: float
 
     def __init__(self, patcher: comfy.model_patcher.ModelPatcher):
+        self.patcher = patcher
         self.real = patcher.model
         self.device = patcher.load_device
         sampling = self.real.model_sampling
@@ -148,10 +149,10 @@ class ComfyDenoiser:
         conds = self.real.extra_conds(**arguments)
         return {key: value.process_cond(batch_size=1, area=None).cond for key, value in conds.items()}
 
-    def latent(self, sample: Tensor) -> Tensor:
+    def latent(self, sample: Tensor, name: str = "a latent") -> Tensor:
         """A VAE's latent [C, ...] to the space of the network, in fp32 on its device.
 
-        Raises where the channels differ.
+        Raises where the channels differ or a value is not finite; `name` says in the message which latent it is.
         """
         wanted = self.real.latent_format.latent_channels
         if sample.shape[0] != wanted:
@@ -160,7 +161,7 @@ class ComfyDenoiser:
                 "encode the images with the VAE that belongs to the model"
             )
         if not torch.isfinite(sample).all():
-            raise ValueError("a latent contains nan or inf: look at the image it came from, or use a VAE in fp32")
+            raise ValueError(f"{name} contains nan or inf: look at the image it came from, or use a VAE in fp32")
         sample = _own(sample, self.device).float()
         if getattr(self.real.latent_format, "latent_dimensions", 2) == 3 and sample.ndim == 3:
             sample = sample[:, None]
@@ -175,7 +176,7 @@ class ComfyDenoiser:
                 f"{len(samples)} latents but {len(conditionings)} conditionings: connect one for each latent, or a"
                 " single one"
             )
-        latents = [self.latent(sample) for sample in samples]
+        latents = [self.latent(sample, f"latent {i + 1} of {len(samples)}") for i, sample in enumerate(samples)]
         with torch.no_grad():
             rows = [self.condition(c, latent) for c, latent in zip(conditionings, latents, strict=True)]
             empty_row = self.condition(empty, latents[0]) if empty is not None else None
@@ -200,7 +201,7 @@ def training_session(
             )
         for loaded in (patcher, *beside):
             stack.enter_context(thawed(loaded.model))
-        stack.enter_context(_training_flag())
+        stack.enter_context(training_flag(True))
         yield ComfyDenoiser(patcher)
 
 
@@ -245,14 +246,14 @@ def thawed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _training_flag() -> Iterator[None]:
+def training_flag(value: bool) -> Iterator[None]:
     """Newer ComfyUI uses fused kernels without a backward pass unless its `in_training` says otherwise."""
     management = comfy.model_management
     if not hasattr(management, "in_training"):
         yield
         return
     before = management.in_training
-    management.in_training = True
+    management.in_training = value
     try:
         yield
     finally:
