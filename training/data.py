@@ -1,6 +1,6 @@
-"""Samples in memory and the order in which they are visited: a function of (seed, step), so that a run can resume."""
+"""Samples, in memory or read one by one, and their order: a function of (seed, step), so that a run can resume."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,12 @@ class Dataset:
     conditions: Sequence[Condition]
     empty_condition: Condition | None = None
     """What caption dropout replaces a condition with."""
+    empties: Sequence[Condition] | None = None
+    """The same where each sample has its own; in place of `empty_condition`."""
+    keys: Sequence[Hashable] | None = None
+    """What the samples of a batch must have in common, one for each; None: the shape of the latent, read from it."""
+    identity: str = ""
+    """A name for all of it, for data that is not read as a whole to compare runs; empty where it is."""
 
     def __post_init__(self):
         if len(self.latents) == 0:
@@ -29,12 +35,18 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def condition(self, index: int, dropped: bool = False) -> Condition:
+        """A sample's condition, or what stands for it where its caption is dropped."""
+        if not dropped:
+            return self.conditions[index]
+        return self.empties[index] if self.empties is not None else self.empty_condition
+
     def groups(self) -> list[list[int]]:
-        """Indices of samples that can share a batch: those whose latents have one shape."""
-        by_shape: dict[torch.Size, list[int]] = {}
-        for index, latent in enumerate(self.latents):
-            by_shape.setdefault(latent.shape, []).append(index)
-        return list(by_shape.values())
+        """Indices of samples that can share a batch: those with one key."""
+        by_key: dict[Hashable, list[int]] = {}
+        for index, key in enumerate(self.keys or (latent.shape for latent in self.latents)):
+            by_key.setdefault(key, []).append(index)
+        return list(by_key.values())
 
 
 class BatchOrder:

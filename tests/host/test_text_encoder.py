@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tidetable.nodes.training import SaveLoRA
 from tidetable.runtime import paths
+from tidetable.runtime.previews import left_in_place
 from tidetable.runtime.text_encoder import LiveText, TextEncoder, TextEncoderConfig
 from tidetable.runtime.trainable import training_session
 from tidetable.runtime.training import TrainingData, train_lora
@@ -265,6 +266,20 @@ def test_with_all_settings_at_once_a_cancelled_run_goes_on_bit_for_bit(monkeypat
         with pytest.raises(InterruptProcessingException):
             train(model, clip, data, config, captions=CAPTIONS * 2, run=quick_run(), **settings)
     assert equal(train(model, clip, data, config, captions=CAPTIONS * 2, run=quick_run(), **settings), complete)
+
+
+def test_previews_leave_the_text_encoder_in_place():
+    """A VAE that needs all memory does not move the CLIP that is trained; LoRAs on it would be taken off."""
+    model, clip = small_model("sd15"), small_clip("sd15")
+    first = train(model, clip)
+    encoder = TextEncoder(first.clip, CAPTIONS, TEXT).private()
+    with training_session(first.model, 0, [encoder.clip.patcher]) as denoiser:
+        patched = fingerprint(clip.patcher)["weights"]
+        with left_in_place(denoiser.loaded, torch.device("cpu")):
+            comfy.model_management.free_memory(1e30, torch.device("cpu"))
+            assert fingerprint(clip.patcher)["weights"] == patched
+        comfy.model_management.free_memory(1e30, torch.device("cpu"))
+        assert fingerprint(clip.patcher)["weights"] != patched
 
 
 def test_a_file_goes_on_with_both_its_parts(pair):

@@ -176,7 +176,8 @@ def train_node(model, data, **connected):
     values = {name: [value] for name, value in {**settings, "targets": "attention", **connected}.items()}
     TrainLoRA.hidden = SimpleNamespace(unique_id=None)
     with torch.inference_mode():
-        return TrainLoRA.execute([model], list(data.latents), list(data.positive), [0], **values)
+        inputs = {"latents": list(data.latents), "positive": list(data.positive), "validation_percent": [0]}
+        return TrainLoRA.execute(model=[model], **inputs, **values)
 
 
 def test_the_nodes_together_train_both(model):
