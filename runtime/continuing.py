@@ -9,7 +9,7 @@ import comfy.lora_convert
 import folder_paths
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..training.adapter_kinds import Adapter, AdapterNetwork, DoRA, LoHa, LowRank
 from ..training.adapter_settings import AdapterConfig
@@ -23,23 +23,46 @@ FACTORS = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight", "_lora.up.wei
 def continued_network(model: Any, config: AdapterConfig, device: torch.device) -> AdapterNetwork:
     """The adapters of the file `config.continue_from`, on the layers of the model. ValueError where they do not fit."""
     tensors, alpha = read_lora(config.continue_from)
-    keys = comfy.lora.model_lora_keys_unet(model, {})
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(TEXT)}
+    patches = _patches(own, comfy.lora.model_lora_keys_unet(model, {}), config, "model")
+    named = {key.removeprefix("diffusion_model."): patch for key, patch in patches.items()}
+    return _network(named, model.diffusion_model, alpha, config, device)
+
+
+def continued_text(clip: nn.Module, config: AdapterConfig, device: torch.device) -> AdapterNetwork | None:
+    """The same for the text encoder's part of the file, on a CLIP's network; None where the file has no such part."""
+    tensors, alpha = read_lora(config.continue_from)
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT)}
+    if not own:
+        return None
+    patches = _patches(own, comfy.lora.model_lora_keys_clip(clip, {}), config, "text encoder")
+    return _network(patches, clip, alpha, config, device)
+
+
+def _patches(tensors: dict[str, Tensor], keys: dict, config: AdapterConfig, what: str) -> dict[str, Any]:
+    """ComfyUI's patches of a file by the name of the weight. ValueError where one of its adapters has no layer here."""
     with torch.inference_mode(False):
         patches: dict[Any, Any] = comfy.lora.load_lora(
             comfy.lora_convert.convert_lora(dict(tensors)), keys, log_missing=False
         )
     loaded = {name for patch in patches.values() for name in getattr(patch, "loaded_keys", ())}
-    wanted = [name for name in tensors if name.endswith(FACTORS) and not name.startswith(TEXT)]
+    wanted = [name for name in tensors if name.endswith(FACTORS)]
     missing = [name for name in wanted if name not in loaded]
     if missing or not wanted:
         raise ValueError(
-            f"{config.continue_from} is not for this model: {len(missing)} of its {len(wanted)} layers are missing "
+            f"{config.continue_from} is not for this {what}: {len(missing)} of its {len(wanted)} layers are missing "
             f"here, the first is {missing[0] if missing else 'none'}. Load the model it was trained on"
         )
-    modules = dict(model.diffusion_model.named_modules())
+    return {str(key): patch for key, patch in patches.items()}
+
+
+def _network(
+    patches: dict[str, Any], network: nn.Module, alpha: float | None, config: AdapterConfig, device: torch.device
+) -> AdapterNetwork:
+    modules = dict(network.named_modules())
     adapters: dict[str, Adapter] = {}
     for key, patch in patches.items():
-        name = key.removeprefix("diffusion_model.").removesuffix(".weight") if isinstance(key, str) else ""
+        name = key.removesuffix(".weight")
         if name not in modules:
             raise ValueError(
                 f"{config.continue_from} has an adapter on part of a layer ({key}): it cannot be continued"

@@ -104,7 +104,7 @@ class Previewer:
     ):
         """`run` names the folder; None takes a new one."""
         self.config, self.trainer, self.reporter = config, trainer, reporter
-        self.trained = denoiser.patcher
+        self.trained, self.in_place = denoiser.patcher, denoiser.loaded
         self.patcher = sampling_clone(denoiser.patcher)
         if config.vae is None and self.patcher.model.latent_format.latent_rgb_factors is None:
             raise ValueError("ComfyUI knows no colors for the latents of this model: connect a VAE to the preview")
@@ -167,7 +167,7 @@ class Previewer:
             more = [getattr(form, name, None) for name in ("latent_rgb_factors_bias", "latent_rgb_factors_reshape")]
             rough = latent_preview.Latent2RGBPreviewer(form.latent_rgb_factors, *more)
             return rough.decode_latent_to_preview(real.process_latent_in(samples))
-        with left_in_place(self.trained, self.config.vae.patcher.load_device), torch.inference_mode():
+        with left_in_place(self.in_place, self.config.vae.patcher.load_device), torch.inference_mode():
             image = self.config.vae.decode(samples)
         image = image.reshape(-1, *image.shape[-3:])[0]
         return Image.fromarray((image.float().cpu().numpy() * 255.0).clip(0, 255).astype(np.uint8))
@@ -224,14 +224,15 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def left_in_place(patcher: ModelPatcher, device: torch.device) -> Iterator[None]:
-    """Models can be loaded on `device` without this one being moved away to make room; they are moved away after.
+def left_in_place(patchers: Sequence[ModelPatcher], device: torch.device) -> Iterator[None]:
+    """Models can be loaded on `device` without these being moved away for it; the new ones are moved away after.
 
-    Moved, its weights would not be those that training holds. ComfyUI has no other way to say so than its list of what
+    Moved, their weights would not be those that training holds. ComfyUI has no other way to say so than its list of what
     it may move.
     """
     movable = comfy.model_management.current_loaded_models
-    kept = [entry for entry in movable if entry.model is not None and entry.model.model is patcher.model]
+    models = {id(patcher.model) for patcher in patchers}
+    kept = [entry for entry in movable if entry.model is not None and id(entry.model.model) in models]
     for entry in kept:
         movable.remove(entry)
     try:

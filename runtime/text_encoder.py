@@ -21,6 +21,7 @@ from ..training.checkpoint import digest
 from ..training.config import LoRAConfig, Targets, _require
 from ..training.data import Dataset
 from ..training.optimizers import ParameterGroup
+from .continuing import continued_text
 from .lora_keys import LoRAModel, text_tensors
 from .trainable import ComfyDenoiser, Row, _own, plain_patcher
 from .training_run import sample_values
@@ -67,10 +68,9 @@ class TextEncoder:
 
         The host loads a CLIP before each encoding; a training session has loaded this one already, with the model.
         """
-        clip = self.clip.clone()
-        clip.patcher = plain_patcher(self.clip.patcher)
-        clip.cond_stage_model = clip.patcher.model
-        clip.load_model = lambda *args, **kwargs: clip.patcher
+        clip, patcher = self.clip.clone(), plain_patcher(self.clip.patcher)
+        clip.patcher, clip.cond_stage_model = patcher, patcher.model
+        clip.load_model = lambda *args, **kwargs: patcher
         return replace(self, clip=clip)
 
     def memory(self, batch_size: int) -> float:
@@ -100,7 +100,8 @@ class TextEncoder:
 class LiveText:
     """A CLIP inside a training session: what it says about a caption has a gradient to its adapters."""
 
-    def __init__(self, encoder: TextEncoder, denoiser: ComfyDenoiser, seed: int):
+    def __init__(self, encoder: TextEncoder, denoiser: ComfyDenoiser, seed: int, adapter: AdapterConfig | None = None):
+        """`adapter` is the model's: its continue_from is a file whose text encoder part goes on too."""
         config, patcher = encoder.config, encoder.clip.patcher
         if patcher.forced_hooks is not None:
             raise ValueError("a CLIP with hooks on it (Set CLIP Hooks) cannot be trained: connect it without them")
@@ -111,7 +112,9 @@ class LiveText:
         with self.installed():
             reached = self._reached()
         self.network = AdapterNetwork(reached, lora, patcher.load_device)
-        denoiser.resolve = self.rows
+        if adapter is not None and adapter.continue_from:
+            found = continued_text(self.clip.cond_stage_model, replace(adapter, seed=seed), patcher.load_device)
+            self.network = found or self.network
         logger.info("training %d adapters of the text encoder", len(self.network.layers))
 
     def group(self) -> ParameterGroup:
@@ -119,12 +122,17 @@ class LiveText:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Adapters on, and the norms see copies: CLIP and T5 then add to what the norms' backward pass needs."""
+        """Captions in place of conditionings, and adapters on, until the end.
+
+        The norms see copies: CLIP and T5 add in place to what the norms' backward pass needs.
+        """
         norms = [m for m in self.clip.cond_stage_model.modules() if type(m).__name__.endswith("Norm")]
         with ExitStack() as stack:
             for norm in norms:
                 stack.callback(norm.register_forward_pre_hook(_copy_input).remove)
             stack.enter_context(self.network.installed())
+            stack.callback(setattr, self.denoiser, "resolve", None)
+            self.denoiser.resolve = self.rows
             yield
 
     def dataset(self, dataset: Dataset, positive: Sequence[list], empty: list | None) -> Dataset:
@@ -187,24 +195,26 @@ class LiveText:
     def _reached(self) -> dict[str, nn.Module]:
         """The layers on which the conditioning depends; not those behind a clip skip, or an unused projection.
 
-        ValueError where no gradient arrives at any: weights in a format without a backward pass, for example.
+        ValueError where no gradient arrives at any layer of a text model: weights in a format without a backward pass,
+        for example.
         """
         cross_attn, options = self.encode(self.encoder.captions[0])
         outputs = [x for x in (cross_attn, *options.values()) if isinstance(x, Tensor) and x.requires_grad]
-        ups, grads, reason = [adapter.up for adapter in self.network.adapters.values()], (), ""
+        ups, grads, reason = [getattr(a, a.last) for a in self.network.adapters.values()], (), ""
         # Weights that differ, because the plain sum of what a norm puts out is constant.
         weights = [torch.linspace(-1, 1, x.numel()).to(x).reshape(x.shape) for x in outputs]
         try:
             grads = torch.autograd.grad(outputs, ups, weights, allow_unused=True) if outputs else ()
         except RuntimeError as error:
             reason = f" ({error})"
-        if not any(grad is not None and bool(grad.any()) for grad in grads):
-            network = type(self.clip.cond_stage_model).__name__
+        layers = list(zip(self.network.layers.items(), grads, strict=False))
+        alive = {name.split(".")[0] for (name, _), grad in layers if grad is not None and bool(grad.any())}
+        dead = sorted({name.split(".")[0] for name in self.network.layers} - alive)
+        if dead:
             raise ValueError(
-                f"no gradient reaches the layers of this CLIP ({network}){reason}: load it unquantized, or leave "
-                "text_encoder unconnected"
+                f"no gradient reaches the layers of {', '.join(dead)}{reason}: load it unquantized, leave it out of "
+                "encoders, or leave text_encoder unconnected"
             )
-        layers = zip(self.network.layers.items(), grads, strict=True)
         return {name: layer for (name, layer), grad in layers if grad is not None}
 
 

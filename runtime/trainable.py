@@ -53,8 +53,12 @@ class ComfyDenoiser:
     prediction: Prediction
     shift: float
 
-    def __init__(self, patcher: comfy.model_patcher.ModelPatcher):
+    def __init__(
+        self, patcher: comfy.model_patcher.ModelPatcher, beside: Sequence[comfy.model_patcher.ModelPatcher] = ()
+    ):
         self.patcher = patcher
+        self.loaded = [patcher, *beside]
+        """What must not be moved while it trains: the model, and a text encoder that is trained with it."""
         self.real = patcher.model
         self.device = patcher.load_device
         sampling = self.real.model_sampling
@@ -202,7 +206,7 @@ def training_session(
         for loaded in (patcher, *beside):
             stack.enter_context(thawed(loaded.model))
         stack.enter_context(training_flag(True))
-        yield ComfyDenoiser(patcher)
+        yield ComfyDenoiser(patcher, beside)
 
 
 def plain_patcher(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:

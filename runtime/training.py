@@ -84,7 +84,7 @@ def train_lora(
     memory += encoder.memory(config.batch_size) if encoder else 0
     with training_session(model, memory, beside) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
-        text = LiveText(encoder, denoiser, lora_config.seed) if encoder else None
+        text = LiveText(encoder, denoiser, lora_config.seed, adapter) if encoder else None
         dataset, held_out = datasets_of(denoiser, data, samples, reporter, text)
         seen = seen_in_flow(denoiser, config.objective)
         groups = [text.group()] if text else []

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tidetable.nodes.training import SaveLoRA
 from tidetable.runtime import paths
+from tidetable.runtime.previews import left_in_place
 from tidetable.runtime.text_encoder import LiveText, TextEncoder, TextEncoderConfig
 from tidetable.runtime.trainable import training_session
 from tidetable.runtime.training import TrainingData, train_lora
@@ -34,6 +35,7 @@ from tidetable.training.adapters import select_targets
 from tidetable.training.config import TrainConfig
 from tidetable.training.objective import loss_for_batch
 from tidetable.training.optimizers import OptimizerConfig
+from tidetable.training.recipe import ObjectiveConfig
 from tidetable.training.validation import validate
 
 
@@ -246,6 +248,54 @@ def test_a_cancelled_run_goes_on_bit_for_bit_and_leaves_the_clip_clean(pair, mon
     train(model, other, data, config, run=quick_run())
     assert len(list(paths.runs_folder().iterdir())) == folders + 3, "other captions, rates or CLIPs are other runs"
     assert (fingerprint(model), fingerprint(clip.patcher)) == before
+
+
+def test_with_all_settings_at_once_a_cancelled_run_goes_on_bit_for_bit(monkeypatch):
+    """Another kind of adapter with dropout, another optimizer, accumulation, the bridge and the guard."""
+    model, clip = small_model("sd15"), small_clip("sd15")
+    data = training_data(clip, CAPTIONS * 2, percent=25)
+    objective = ObjectiveConfig(flow="bridge", loss="huber")
+    config = TrainConfig(steps=6, batch_size=2, seed=3, caption_dropout=0.3, validate_every=4, objective=objective)
+    settings = {
+        "adapter": AdapterConfig(kind="dora", rank=4, rank_dropout=0.2, max_norm=1.0),
+        "optimizer": OptimizerConfig(name="adafactor", warmup=2, accumulate=2, ema_decay=0.9, ema_device="cpu"),
+    }
+    complete = train(model, clip, data, config, captions=CAPTIONS * 2, **settings)
+    with monkeypatch.context() as patch:
+        cancel_at(3, patch)
+        with pytest.raises(InterruptProcessingException):
+            train(model, clip, data, config, captions=CAPTIONS * 2, run=quick_run(), **settings)
+    assert equal(train(model, clip, data, config, captions=CAPTIONS * 2, run=quick_run(), **settings), complete)
+
+
+def test_previews_leave_the_text_encoder_in_place():
+    """A VAE that needs all memory does not move the CLIP that is trained; LoRAs on it would be taken off."""
+    model, clip = small_model("sd15"), small_clip("sd15")
+    first = train(model, clip)
+    encoder = TextEncoder(first.clip, CAPTIONS, TEXT).private()
+    with training_session(first.model, 0, [encoder.clip.patcher]) as denoiser:
+        patched = fingerprint(clip.patcher)["weights"]
+        with left_in_place(denoiser.loaded, torch.device("cpu")):
+            comfy.model_management.free_memory(1e30, torch.device("cpu"))
+            assert fingerprint(clip.patcher)["weights"] == patched
+        comfy.model_management.free_memory(1e30, torch.device("cpu"))
+        assert fingerprint(clip.patcher)["weights"] != patched
+
+
+def test_a_file_goes_on_with_both_its_parts(pair):
+    """At a rate of nothing, what was continued is what the file said."""
+    model, clip = pair
+    first = train(model, clip)
+    adapter = AdapterConfig(continue_from=SaveLoRA.execute(first.lora, "tests/go-on", "")[0])
+    still = replace(CONFIG, learning_rate=1e-12)
+    second = train(model, clip, None, still, replace(TEXT, learning_rate=1e-12, rank=2), adapter=adapter)
+    assert second.lora.keys() == first.lora.keys()
+    assert all(torch.allclose(second.lora[name], first.lora[name], atol=1e-7) for name in first.lora)
+    assert same(encode(second.clip, CAPTIONS[1]), encode(first.clip, CAPTIONS[1]))
+    moved = train(model, clip, None, CONFIG, TEXT, adapter=adapter)
+    assert not same(encode(moved.clip, CAPTIONS[1]), encode(first.clip, CAPTIONS[1]))
+    alone = train(model, clip, None, CONFIG, None, adapter=adapter)
+    assert all(name.startswith("diffusion_model.") for name in alone.lora)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "muon"])

@@ -99,15 +99,16 @@ def test_captions_and_latents_of_different_number_are_refused(model):
     assert (fingerprint(model), fingerprint(clip.patcher)) == before
 
 
-def test_a_clip_that_lets_no_gradient_through_is_refused(model):
-    """The layers' output without a graph, as a kernel without a backward pass gives it."""
-    clip = small_clip("sd15")
+@pytest.mark.parametrize("encoders", ["", "clip_l, t5xxl"])
+def test_a_clip_that_lets_no_gradient_through_is_refused(encoders):
+    """The layers' output without a graph, as a kernel without a backward pass gives it. One part is enough."""
+    clip = small_clip("flux")
     for layer in clip.cond_stage_model.clip_l.transformer.modules():
         if type(layer).__name__ == "CLIPEncoder":
             layer.register_forward_hook(lambda _, args, output: (output[0].detach(), output[1]))
-    before = fingerprint(clip.patcher)
-    with pytest.raises(ValueError, match=r"no gradient reaches the layers of this CLIP \(SD1ClipModel\): load it"):
-        train(model, clip)
+    before, model = fingerprint(clip.patcher), small_model("flux")
+    with pytest.raises(ValueError, match="no gradient reaches the layers of clip_l: load it unquantized"):
+        train(model, clip, text=replace(TEXT, encoders=encoders))
     assert fingerprint(clip.patcher) == before
 
 
@@ -158,9 +159,11 @@ def test_samples_with_one_caption_share_its_encoding(model):
         dataset = text.dataset(denoiser.dataset(data.samples(), data.positive), data.positive, None)
         original, text.encode = text.encode, lambda caption: calls.append(caption) or original(caption)
         x, t = torch.stack(list(dataset.latents)), denoiser.snap(torch.full((4,), 0.5, dtype=torch.float64))
-        together = denoiser.predict(x, t, dataset.conditions)
-        assert calls == [CAPTIONS[0], CAPTIONS[1], CAPTIONS[3]]
-        single = [denoiser.predict(x[i : i + 1], t[i : i + 1], dataset.conditions[i : i + 1]) for i in range(4)]
+        with text.installed():
+            together = denoiser.predict(x, t, dataset.conditions)
+            assert calls == [CAPTIONS[0], CAPTIONS[1], CAPTIONS[3]]
+            single = [denoiser.predict(x[i : i + 1], t[i : i + 1], dataset.conditions[i : i + 1]) for i in range(4)]
+        assert denoiser.resolve is None
     assert torch.allclose(together, torch.cat(single), atol=1e-5)
 
 
@@ -173,7 +176,8 @@ def train_node(model, data, **connected):
     values = {name: [value] for name, value in {**settings, "targets": "attention", **connected}.items()}
     TrainLoRA.hidden = SimpleNamespace(unique_id=None)
     with torch.inference_mode():
-        return TrainLoRA.execute([model], list(data.latents), list(data.positive), [0], **values)
+        inputs = {"latents": list(data.latents), "positive": list(data.positive), "validation_percent": [0]}
+        return TrainLoRA.execute(model=[model], **inputs, **values)
 
 
 def test_the_nodes_together_train_both(model):
@@ -196,4 +200,10 @@ def test_without_it_the_clip_output_stops_what_is_behind_it_in_words(client, obj
     assert "7" in client.run(prompt).outputs
     prompt["8"] = {"class_type": "CLIPSave", "inputs": {"clip": ["6", 3], "filename_prefix": "tests/blocked"}}
     with pytest.raises(DevError, match="use the CLIP of the loader"):
+        client.run(prompt)
+    settings = {"rank": 4, "lora_alpha": 4.0, "learning_rate": 1e-4, "targets": "linear", "encoders": ""}
+    inputs = {"clip": ["1", 1], "captions": ["2", 1], **settings}
+    prompt["9"] = {"class_type": "Tidetable_TextEncoderLoRA", "inputs": inputs}
+    prompt["6"]["inputs"]["text_encoder"] = ["9", 0]
+    with pytest.raises(DevError, match="has no linear layer to adapt"):
         client.run(prompt)

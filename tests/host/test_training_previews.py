@@ -270,7 +270,7 @@ def test_what_left_in_place_protects_and_for_how_long(data):
         device = torch.device("cpu")
 
         def runs_out_of_memory():
-            with previews.left_in_place(denoiser.patcher, device):
+            with previews.left_in_place(denoiser.loaded, device):
                 comfy.model_management.free_memory(1e30, device)
                 assert fingerprint(model)["weights"] == patched
                 raise MemoryError
