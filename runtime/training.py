@@ -23,7 +23,7 @@ from ..training.optimizers import OptimizerConfig
 from .continuing import continued_network
 from .lora_keys import LoRAModel, apply_lora, to_lora_model
 from .objective import prepare, seen_in_flow
-from .paths import save_lora
+from .paths import rescue_folders, save_lora
 from .preflight import check_latents, check_settings
 from .progress import TrainingReporter
 from .trainable import ComfyDenoiser, training_session
@@ -151,11 +151,14 @@ def _rescue(trainer: Trainer, current: Callable[[], LoRAModel], keeper: RunKeepe
         logger.error("no checkpoint at step %d: %s", trainer.step, error)
     trainer.finish()
     lora = current()
-    try:
-        path = save_lora(lora, f"{RESCUE_PREFIX}_step{trainer.step}", lora.metadata)
-        logger.warning("training stopped at step %d of %d; saved %s", trainer.step, trainer.config.steps, path)
-    except ValueError as error:  # the reason for the stop matters more than this
-        logger.error("training stopped at step %d of %d; %s", trainer.step, trainer.config.steps, error)
+    for folder in rescue_folders():
+        try:
+            path = save_lora(lora, f"{RESCUE_PREFIX}_step{trainer.step}", lora.metadata, folder)
+        except ValueError as error:  # the reason for the stop matters more than this
+            logger.error("training stopped at step %d of %d; %s", trainer.step, trainer.config.steps, error)
+        else:
+            logger.warning("training stopped at step %d of %d; saved %s", trainer.step, trainer.config.steps, path)
+            return
 
 
 def split_held_out(dataset: Dataset, percent: int) -> tuple[Dataset, Dataset | None]:
