@@ -28,6 +28,7 @@ from tidetable.training.config import TrainConfig
 from tidetable.training.engine import Trainer
 from tidetable.training.guard import GuardConfig
 from tidetable.training.optimizers import OptimizerConfig
+from tidetable.training.recipe import DensityConfig, ObjectiveConfig
 
 
 pytestmark = pytest.mark.usefixtures("output")
@@ -181,6 +182,26 @@ def test_steps_below_the_checkpoint_return_what_was_learned_with_an_average_in_m
     factors = [value for key, value in now.lora.items() if not key.endswith("alpha")]
     assert len(factors) == len(average)
     assert {tuple(f.flatten().tolist()) for f in factors} == {tuple(a.flatten().tolist()) for a in average}
+
+
+def test_checkpoints_by_time_come_without_a_count_of_steps_and_one_is_always_made_at_the_end(data):
+    model = tiny.load_tiny_model("unet-v")
+    for minutes, found in ((1e-9, 5), (60.0, 1), (0.0, 1)):
+        run = quick_run(checkpoint_every_steps=0, checkpoint_every_minutes=minutes, keep=9, resume="off")
+        train(model, data, run=run)
+        newest = max(paths.runs_folder().iterdir(), key=lambda folder: folder.stat().st_mtime)
+        assert len(checkpoints(newest)) == found
+        assert checkpoints(newest)[0].stem == "step_00000005"
+
+
+def test_another_objective_is_refused_field_by_field(data):
+    model = tiny.load_tiny_model("unet-v")
+    train(model, data)
+    (folder,) = paths.runs_folder().iterdir()
+    other = replace(CONFIG, objective=ObjectiveConfig(loss="huber"), timestep_density=DensityConfig(density="cosmap"))
+    with pytest.raises(ValueError, match=r"train\.objective\.loss: mse in the checkpoint, huber now") as caught:
+        train(model, data, other, run=quick_run(resume=folder.name))
+    assert "train.timestep_density" in str(caught.value) and "train.seed" not in str(caught.value)
 
 
 # ── the guard, through the whole path ───────────────────────────────────────────────────────────────────────────────
