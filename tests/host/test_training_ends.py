@@ -204,6 +204,18 @@ def test_another_objective_is_refused_field_by_field(data):
     assert "train.timestep_density" in str(caught.value) and "train.seed" not in str(caught.value)
 
 
+def test_an_optimizer_that_no_checkpoint_can_hold_costs_the_checkpoints_and_not_the_run(data, caplog):
+    pytest.importorskip("pytorch_optimizer")
+    optimizer, known = OptimizerConfig(name="other", class_name="AdaShift", warmup=0), loras()
+    model = tiny.load_tiny_model("unet-v")
+    result = train(model, data, optimizer=optimizer)
+    assert result.lora.metadata["ss_steps"] == "5"
+    assert "no checkpoint at step 1: a checkpoint cannot hold" in caplog.text and "use another optimizer" in caplog.text
+    with at_forward(model, 3, fail), pytest.raises(RuntimeError, match="a kernel failed"):
+        train(model, data, optimizer=optimizer)
+    assert len(loras() - known) == 1
+
+
 # ── the guard, through the whole path ───────────────────────────────────────────────────────────────────────────────
 
 

@@ -132,3 +132,10 @@ def test_an_8_bit_state_is_8_bits_in_the_checkpoint(tmp_path):
     found = []
     map_tensors(read_newest(tmp_path)[0]["weights"]["optimizer"]["state"], lambda tensor: found.append(tensor))
     assert sum(tensor.dtype == torch.uint8 and tensor.numel() == WIDE for tensor in found) == 2
+
+
+@pytest.mark.parametrize("name", ["SAM", "Lookahead", "AdamMini", "Ranger21"])
+def test_an_optimizer_that_wants_more_than_parameters_is_refused(name):
+    pytest.importorskip("pytorch_optimizer")
+    with pytest.raises(ValueError, match=f"{name} cannot be made from parameters and a rate alone .* such as 'adamw'"):
+        trainer(OptimizerConfig(name="other", class_name=name, warmup=0))
