@@ -16,8 +16,9 @@ from ..training.config import LoRAConfig, _require
 from ..training.engine import Trainer
 from ..training.events import Event, Notice, StepDone
 from ..training.guard import Guard, GuardConfig
+from .board import require_tensorboard
 from .paths import log_file, runs_folder
-from .progress import TrainingReporter
+from .progress import TrainingReporter, finite
 from .run_lock import RunLock, is_held
 from .trainable import ComfyDenoiser
 
@@ -48,6 +49,8 @@ class RunConfig:
     """None is off."""
     log: str = ""
     """A JSON line for every step goes to this file under the output folder; "" is none."""
+    tensorboard: bool = False
+    """The same numbers for TensorBoard, which must be installed."""
 
     def __post_init__(self):
         for name in ("checkpoint_every_steps", "checkpoint_every_minutes"):
@@ -63,12 +66,17 @@ def fingerprint(denoiser: ComfyDenoiser, trainer: Trainer, lora_config: LoRAConf
         "model.prediction": denoiser.prediction,
         "model.process": denoiser.process.name,
         "model.shift": denoiser.shift,
-        "model.weights": digest([_sample(p) for _, p in sorted(denoiser.real.diffusion_model.named_parameters())]),
+        "model.weights": digest(
+            [sample_values(p) for _, p in sorted(denoiser.real.diffusion_model.named_parameters())]
+        ),
         "layers": digest([tuple(p.shape) for p in trainer.parameters]),
     }
     for name, data in (("data", trainer.dataset), ("held_out", trainer.held_out)):
         if data is not None:
             found[f"{name}.samples"] = len(data)
+            if data.identity:
+                found[f"{name}.identity"] = data.identity
+                continue
             found[f"{name}.latents"] = digest(data.latents)
             found[f"{name}.conditions"] = digest(data.conditions)
             found[f"{name}.empty"] = digest(data.empty_condition)
@@ -196,8 +204,8 @@ class RunKeeper:
     def _write_log(self, event: Event) -> None:
         if self.log is None:
             return
-        line = {"event": type(event).__name__, **asdict(event), "time": time.time()}
-        line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        more = self.reporter.more(event)
+        line = finite({"event": type(event).__name__, **asdict(event), **more, "time": time.time()})
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8") as file:
@@ -219,6 +227,8 @@ def run_config(
     )
     if settings["log"]:
         log_file(settings["log"])  # refused here rather than after the model is loaded
+    if settings["tensorboard"]:
+        require_tensorboard()
     return RunConfig(guard=watch if guard else None, **settings)
 
 
@@ -226,7 +236,7 @@ def guard_of(run: RunConfig | None) -> Guard | None:
     return Guard(run.guard) if run is not None and run.guard is not None else None
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
+def sample_values(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, len(flat) // SAMPLED_VALUES)][: SAMPLED_VALUES + 1]
 

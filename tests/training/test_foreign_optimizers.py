@@ -134,6 +134,18 @@ def test_an_8_bit_state_is_8_bits_in_the_checkpoint(tmp_path):
     assert sum(tensor.dtype == torch.uint8 and tensor.numel() == WIDE for tensor in found) == 2
 
 
+def test_what_is_shown_with_the_average_is_what_a_run_would_end_with(settings):
+    run, plain = trainer(settings, validate_every=0), trainer(settings, validate_every=0)
+    for each in (run, plain):
+        cut(each, 6, StepDone)
+    with run.shown(averaged=True):
+        shown = run.denoiser.center.detach().clone()
+    assert torch.equal(run.denoiser.center, plain.denoiser.center)
+    assert run._validate() == plain._validate(), "a later look is not taken for the end of the run"
+    plain.finish()
+    assert torch.equal(shown, plain.denoiser.center)
+
+
 @pytest.mark.parametrize("name", ["SAM", "Lookahead", "AdamMini", "Ranger21"])
 def test_an_optimizer_that_wants_more_than_parameters_is_refused(name):
     pytest.importorskip("pytorch_optimizer")
