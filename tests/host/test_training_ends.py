@@ -22,7 +22,6 @@ from tidetable.tests.host.model_zoo import zoo
 from tidetable.tests.host.test_training_run import equal
 from tidetable.tests.host.training_runs import LORA, dataset, quick_run
 from tidetable.training.adapter_kinds import AdapterNetwork
-from tidetable.training.adapters import LoRANetwork
 from tidetable.training.checkpoint import checkpoints, read_checkpoint, read_newest
 from tidetable.training.config import TrainConfig
 from tidetable.training.engine import Trainer
@@ -96,7 +95,7 @@ def loras():
 
 def living():
     gc.collect()
-    return [x for x in gc.get_objects() if type(x) in (Trainer, LoRANetwork, AdapterNetwork, ComfyDenoiser)]
+    return [x for x in gc.get_objects() if type(x) in (Trainer, AdapterNetwork, ComfyDenoiser)]
 
 
 # ── every end ───────────────────────────────────────────────────────────────────────────────────────────────────────
