@@ -27,7 +27,6 @@ from ..schedules.validate import require_sigmas
 from ..training.config import _require
 from ..training.engine import Trainer
 from ..training.events import Event, StepDone
-from ..training.finished import finished_weights
 from .paths import as_output, previews_folder
 from .progress import SHOWN_SIZE, TrainingReporter
 from .trainable import ComfyDenoiser, training_flag
@@ -123,7 +122,7 @@ class Previewer:
     def draw(self, step: int) -> None:
         """One picture for each prompt, to files and to the page. One that fails costs a notice."""
         pictures = []
-        with finished_weights(self.trainer), undisturbed(self.trained.load_device):
+        with self.trainer.shown(averaged=True), undisturbed(self.trained.load_device):
             for number, positive in enumerate(self.positive, 1):
                 try:
                     picture = self.picture(self.sample(positive))

@@ -143,6 +143,8 @@ class RunKeeper:
                 "the run goes on and tries again, and older checkpoints are still there"
             )
             self.reporter.say(text)
+        except TypeError as error:  # an optimizer of another package may keep what no file can hold
+            self.reporter.say(f"no checkpoint at step {trainer.step}: {error}. The run goes on without")
         else:
             logger.info("saved %s", path)
 
