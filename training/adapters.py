@@ -45,7 +45,7 @@ def select_targets(modules: Mapping[str, nn.Module], preset: Targets) -> dict[st
 
 
 class LoRA(nn.Module):
-    """One layer's adapter: down [r, in, (kh, kw)] and up [out, r, (1, 1)] in fp32; forward gives the bypass term."""
+    """One layer's adapter: down [r, in, (kh, kw)] and up [out, r, (1, 1)] in fp32."""
 
     def __init__(self, layer: Any, config: LoRAConfig, device: torch.device, generator: torch.Generator):
         super().__init__()
@@ -65,11 +65,24 @@ class LoRA(nn.Module):
         self.lora_alpha = config.lora_alpha * rank / config.rank
         self.scale = self.lora_alpha / rank
 
-    def forward(self, x: Tensor) -> Tensor:
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
-        if self.convolution is None:
-            return nn.functional.linear(nn.functional.linear(x, down), up) * self.scale
-        return nn.functional.conv2d(nn.functional.conv2d(x, down, **self.convolution), up) * self.scale
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """The layer's output with the adapter, from its input and its own output."""
+        return add_product(output, x, self.up, self.down, self.scale, self.convolution)
+
+
+def add_product(
+    output: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float, convolution: dict[str, Any] | None
+) -> Tensor:
+    """output + scale · up(down(x)), with sum and scale in the pass that needs them anyway; in x's dtype."""
+    up, down = up.to(x.dtype), down.to(x.dtype)
+    if convolution is not None:
+        term = nn.functional.conv2d(nn.functional.conv2d(x, down, **convolution), up)
+    elif output.dtype == x.dtype:
+        inner = nn.functional.linear(x, down).reshape(-1, down.shape[0])
+        return torch.addmm(output.reshape(-1, up.shape[0]), inner, up.t(), alpha=scale).view(output.shape)
+    else:
+        term = nn.functional.linear(nn.functional.linear(x, down), up)
+    return torch.add(output, term, alpha=scale)
 
 
 def delta_weight(lora: LoRA) -> Tensor:
@@ -115,7 +128,7 @@ def hooked(hooks: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
 
 
 def _bypass(adapter: LoRA):
-    return lambda layer, args, output: output + adapter(args[0])
+    return lambda layer, args, output: adapter(args[0], output)
 
 
 def _is_linear(module: nn.Module) -> bool:

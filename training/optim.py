@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .optimizers import BETAS, OptimizerConfig, make_optimizer
+from .optimizers import BETAS, OptimizerConfig, adamw, make_optimizer
 
 
 def build_optimizer(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over fp32 parameters (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
     if config.optimizer is not None:
         return make_optimizer(parameters, config.optimizer, config.learning_rate)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=BETAS)
+    return adamw(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=BETAS)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

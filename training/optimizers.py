@@ -109,18 +109,27 @@ def course(schedule: Schedule, progress: float, restarts: int = 1) -> float:
 def make_optimizer(parameters: Sequence[Tensor], config: OptimizerConfig, rate: float) -> Any:
     """A torch optimizer, or one with the same `param_groups`, `step`, `zero_grad` and `state_dict`."""
     common: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
-    fused: dict[str, Any] = {"fused": True} if all(p.is_cuda for p in parameters) else {}
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, betas=BETAS, **common, **fused)
+        return adamw(parameters, betas=BETAS, **common)
     if config.name == "sgd":
         return torch.optim.SGD(parameters, momentum=BETAS[0], **common)
     if config.name == "adafactor":
         return torch.optim.Adafactor(parameters, **common)
     if config.name == "muon":
-        return _muon(parameters, common, fused)
+        return _muon(parameters, common)
     found = find_class(config)
     known = inspect.signature(found).parameters
     return found(parameters, **{key: value for key, value in common.items() if key in known})
+
+
+def adamw(parameters: Sequence[Tensor], **settings: Any) -> torch.optim.AdamW:
+    """torch's AdamW; one fused pass over all tensors where their device has it, on a CPU ten times as fast for many."""
+    if all(parameter.device.type in ("cpu", "cuda") for parameter in parameters):
+        try:
+            return torch.optim.AdamW(parameters, fused=True, **settings)
+        except RuntimeError:  # torch before 2.4 has none for the CPU
+            pass
+    return torch.optim.AdamW(parameters, **settings)
 
 
 def find_class(config: OptimizerConfig) -> Any:
@@ -168,7 +177,7 @@ class Combined:
             part.load_state_dict(saved)
 
 
-def _muon(parameters: Sequence[Tensor], common: dict[str, Any], fused: dict[str, Any]) -> Any:
+def _muon(parameters: Sequence[Tensor], common: dict[str, Any]) -> Any:
     """Muon on matrices, AdamW on the rest; steps of Muon are scaled to AdamW's size, so one rate fits both."""
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"torch {torch.__version__} has no Muon (2.9 has): update torch, or use 'adamw'")
@@ -179,7 +188,7 @@ def _muon(parameters: Sequence[Tensor], common: dict[str, Any], fused: dict[str,
     if matrices:
         parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common))
     if rest:
-        parts.append(torch.optim.AdamW(rest, betas=BETAS, **common, **fused))
+        parts.append(adamw(rest, betas=BETAS, **common))
     return parts[0] if len(parts) == 1 else Combined(parts)
 
 
