@@ -186,7 +186,8 @@ def train_loop(model: ModelPatcher, data: Data, batch: int, steps: int) -> None:
 def plain_loop(model: ModelPatcher) -> PlainLoop:
     table = getattr(model.model.model_sampling, "sigmas", None)
     flow = ComfyDenoiser(model).process.name == "flow"
-    return PlainLoop(model.model.diffusion_model, None if flow else 1 / (1 + table.double() ** 2).float())
+    alpha_bar = None if flow else (1 / (1 + table.double() ** 2)).float().to(model.load_device)
+    return PlainLoop(model.model.diffusion_model.to(model.load_device), alpha_bar)
 
 
 ARMS = {"tidetable": train_tidetable, "core": train_core, "loop": train_loop, "tidetable-node": train_node}

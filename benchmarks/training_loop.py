@@ -67,12 +67,12 @@ class PlainLoop:
         self.network, self.alpha_bar = network, alpha_bar
         self.trained = wrap(network)
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(alpha, sigma, what the network is told) [count] of noise levels drawn uniformly."""
         if self.alpha_bar is None:
-            t = torch.rand(count)
+            t = torch.rand(count, device=device)
             return 1 - t, t, 1000 * t
-        rows = torch.randint(len(self.alpha_bar), (count,))
+        rows = torch.randint(len(self.alpha_bar), (count,), device=device)
         return self.alpha_bar[rows].sqrt(), (1 - self.alpha_bar[rows]).sqrt(), rows
 
     def loss(self, x0: Tensor, eps: Tensor, level: tuple[Tensor, Tensor, Tensor], context: Tensor, y: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class PlainLoop:
         for _ in range(steps):
             rows = torch.randint(len(latents), (batch,))
             x0 = latents[rows]
-            loss = self.loss(x0, torch.randn_like(x0), self.draw(batch), contexts[rows], pooled[rows])
+            loss = self.loss(x0, torch.randn_like(x0), self.draw(batch, x0.device), contexts[rows], pooled[rows])
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
