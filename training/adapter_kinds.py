@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_settings import AdapterConfig
-from .adapters import _is_linear, hooked
+from .adapters import _is_linear, add_product, hooked
 from .data import step_generator
 
 
@@ -103,7 +103,9 @@ class LowRank(Adapter):
 
     def forward(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         del layer
-        return output + self.term(x)
+        if self.start is not None:  # the difference of both products comes first: it is 0 at the start, bit for bit
+            return output + self.term(x)
+        return add_product(output, x, self.up, self._masked(self.down), self.scale, self.convolution)
 
     def delta(self) -> Tensor:
         product = self.up.flatten(1) @ self._masked(self.down).flatten(1)

@@ -1,5 +1,6 @@
 """The training loop. It yields events and knows nothing of nodes, files or progress bars."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -170,11 +171,11 @@ class Trainer:
         for group, factor in zip(self.optimizer.param_groups, self.rate_factors, strict=True):
             group["lr"] = rate * factor
         set_training_mode(self.optimizer, True)
-        loss = self._forward_backward(step_generator(self.config.seed, self.step))
+        loss = self._forward_backward(step_generator(self.config.seed, self.step)).item()
         norm = self._clip_gradients()
-        healthy = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
+        healthy = math.isfinite(norm) and math.isfinite(loss)
         if self.guard is not None:
-            healthy = self.guard.accepts(self, loss.item(), norm.item())
+            healthy = self.guard.accepts(self, loss, norm)
         if healthy:
             self.whole = False
             self.optimizer.step()
@@ -193,7 +194,7 @@ class Trainer:
         self.step += 1
         if self.guard is not None:
             self.guard.after_step(self, healthy)
-        return StepDone(self.step, self.config.steps, loss.item(), rate, norm.item(), not healthy)
+        return StepDone(self.step, self.config.steps, loss, rate, norm, not healthy)
 
     def _forward_backward(self, generator: torch.Generator) -> Tensor:
         """Gradients of a whole batch, and its mean loss; this process goes through its own share of the rows."""
@@ -230,9 +231,15 @@ class Trainer:
             return sample_t(self.config, count, process.name == "flow", shift, generator)
         return draw_t(self.config.timestep_density, count, shape, process, shift, generator)
 
-    def _clip_gradients(self) -> Tensor:
-        limit = self.config.max_grad_norm or float("inf")
-        return torch.nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], limit)
+    def _clip_gradients(self) -> float:
+        """The norm before clipping. One pass over all tensors; none to scale them where that would change nothing."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
+        norm = torch.linalg.vector_norm(torch.stack(list(norms))).item()
+        limit = self.config.max_grad_norm
+        if 0 < limit < norm:
+            torch._foreach_mul_(gradients, limit / norm)
+        return norm
 
     def _validation_is_due(self) -> bool:
         if self.held_out is None or self.step == 0:

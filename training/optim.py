@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .optimizers import BETAS, OptimizerConfig, ParameterGroup, make_optimizer, with_rates
+from .optimizers import BETAS, OptimizerConfig, ParameterGroup, adamw, make_optimizer, with_rates
 
 
 def build_optimizer(
@@ -16,7 +16,7 @@ def build_optimizer(
     if config.optimizer is not None:
         return make_optimizer(parameters, config.optimizer, config.learning_rate, others)
     groups = with_rates(parameters, config.learning_rate, others)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=BETAS)
+    return adamw(groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=BETAS)
 
 
 def rate_factors(

@@ -130,15 +130,14 @@ def make_optimizer(
     if config.name == "prodigy" and len(set(rates)) > 1:
         raise ValueError(f"prodigy finds one rate for all, but these are {rates}: make them equal, or use 'adamw'")
     common: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
-    fused: dict[str, Any] = {"fused": True} if all(p.is_cuda for p in parameters) else {}
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, betas=BETAS, **common, **fused)
+        return adamw(groups, betas=BETAS, **common)
     if config.name == "sgd":
         return torch.optim.SGD(groups, momentum=BETAS[0], **common)
     if config.name == "adafactor":
         return torch.optim.Adafactor(groups, **common)
     if config.name == "muon":
-        return _muon(groups, common, fused)
+        return _muon(groups, common)
     found = find_class(config)
     known = inspect.signature(found).parameters
     try:
@@ -148,6 +147,16 @@ def make_optimizer(
             f"{found.__name__} cannot be made from parameters and a rate alone ({error}): choose an optimizer that "
             "stands by itself, such as 'adamw', or 'Lion' of pytorch-optimizer"
         ) from error
+
+
+def adamw(groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
+    """torch's AdamW; one fused pass over all tensors where their device has it, on a CPU ten times as fast for many."""
+    if all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"]):
+        try:
+            return torch.optim.AdamW(groups, fused=True, **settings)
+        except RuntimeError:  # torch before 2.4 has none for the CPU
+            pass
+    return torch.optim.AdamW(groups, **settings)
 
 
 def find_class(config: OptimizerConfig) -> Any:
@@ -195,7 +204,7 @@ class Combined:
             part.load_state_dict(saved)
 
 
-def _muon(groups: Sequence[dict[str, Any]], common: dict[str, Any], fused: dict[str, Any]) -> Any:
+def _muon(groups: Sequence[dict[str, Any]], common: dict[str, Any]) -> Any:
     """Muon on matrices, AdamW on the rest; steps of Muon are scaled to AdamW's size, so one rate fits both."""
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"torch {torch.__version__} has no Muon (2.9 has): update torch, or use 'adamw'")
@@ -204,7 +213,7 @@ def _muon(groups: Sequence[dict[str, Any]], common: dict[str, Any], fused: dict[
     if matrices:
         parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common))
     if rest:
-        parts.append(torch.optim.AdamW(rest, betas=BETAS, **common, **fused))
+        parts.append(adamw(rest, betas=BETAS, **common))
     return parts[0] if len(parts) == 1 else Combined(parts)
 
 
