@@ -15,6 +15,7 @@ from . import (
     tiny,
     training,
     training_adapter,
+    training_memory,
     training_objective,
     training_run,
 )
@@ -33,5 +34,6 @@ NODES: list[type[io.ComfyNode]] = [
     *training_adapter.NODES,
     *training_objective.NODES,
     *training_run.NODES,
+    *training_memory.NODES,
     *tiny.NODES,
 ]

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..runtime.saving import save_lora_model
 from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
 from .training_adapter import AdapterSettings, OptimizerSettings
+from .training_memory import MemorySettings
 from .training_objective import ObjectiveSettings, TimestepDensitySettings
 from .training_run import RunSettings
 
@@ -221,6 +222,11 @@ class TrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="From Training Run: checkpoints, resuming, guard and log. Not connected: none of them.",
                 ),
+                MemorySettings.Input(
+                    "memory",
+                    optional=True,
+                    tooltip="From Training Memory: gradient checkpointing. Not connected: none.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -235,7 +241,7 @@ class TrainLoRA(io.ComfyNode):
     def execute(cls, model, latents, positive, validation_percent, empty=None, **settings) -> io.NodeOutput:
         # An optional input that is not connected is missing, or a list of one None.
         single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
-        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run")}
+        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run", "memory")}
         lora_config = LoRAConfig(
             **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
         )

@@ -19,8 +19,10 @@ from ..training.adapters import LoRANetwork, select_targets
 from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.data import Dataset
 from ..training.engine import Trainer
+from ..training.memory import MemoryConfig
 from ..training.optimizers import OptimizerConfig
 from .continuing import continued_network
+from .gradients import memory_saving, require_right_gradients
 from .lora_keys import LoRAModel, apply_lora, to_lora_model
 from .objective import prepare, seen_in_flow
 from .paths import save_lora
@@ -71,6 +73,7 @@ def train_lora(
     adapter: AdapterConfig | None = None,
     optimizer: OptimizerConfig | None = None,
     run: RunConfig | None = None,
+    memory: MemoryConfig | None = None,
 ) -> TrainingResult:
     """Train a LoRA on the model as it is loaded and patched now. The model itself is left exactly as it was.
 
@@ -81,8 +84,8 @@ def train_lora(
     samples = data.samples()
     model, config = prepare(model, config)
     reporter = TrainingReporter(config.steps, node_id)
-    memory = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
-    with training_session(model, memory) as denoiser:
+    needed = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
+    with training_session(model, needed) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
         dataset, held_out = split_held_out(
             denoiser.dataset(samples, data.positive, data.negative), data.validation_percent
@@ -99,7 +102,8 @@ def train_lora(
         def current() -> LoRAModel:
             return to_lora_model(network, metadata(trainer, adapter or lora_config, denoiser, reporter))
 
-        with network.installed():
+        with network.installed(), memory_saving(denoiser.real.diffusion_model, memory):
+            require_right_gradients(denoiser, trainer)
             run_or_rescue(trainer, reporter, current, keeper)
         lora = current()
     return TrainingResult(apply_lora(model, lora), lora, reporter.loss_map())

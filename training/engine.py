@@ -176,7 +176,8 @@ class Trainer:
             for part in (slice(first, first + size) for first in range(0, len(x0), size)):
                 batch = x0[part], conditions[part], eps[part], t[part]
                 loss = loss_for_batch(self.denoiser, *batch, objective, seen[part]).sum() / len(x0)
-                loss.backward()
+                if loss.requires_grad:
+                    loss.backward()
                 total = total + loss.detach()
         return total
 
