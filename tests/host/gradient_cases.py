@@ -50,10 +50,10 @@ def loss_of(denoiser, dataset):
 
 
 @contextmanager
-def prepared(name, model=None, tiles=1, **network):
+def prepared(name, model=None, tiles=1, scale=0.1, **network):
     """(denoiser, adapters, loss) of a family inside a session."""
     with training_session(model or network_of(name, **network)) as denoiser:
-        dataset, trained = denoiser.dataset(list(samples_of(name, tiles)), prompts_of(name)), adapters(denoiser)
+        dataset, trained = denoiser.dataset(list(samples_of(name, tiles)), prompts_of(name)), adapters(denoiser, scale)
         with trained.installed():
             yield denoiser, trained, lambda: loss_of(denoiser, dataset)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tidetable.runtime.gradients import PROVEN_CLASSES, blocks_of, unproven
+from tidetable.runtime.lora_keys import apply_lora, to_lora_model
 from tidetable.tests.host.comparing import fingerprint
 from tidetable.tests.host.gradient_cases import PeakMemory, gradients, network_of, prepared
 from tidetable.tests.host.guidance_cases import CASES
@@ -16,16 +17,21 @@ UNTRAINABLE = {"cosmos": "ModelSamplingCosmosRFlow"}
 WITHOUT_BACKWARD = {"anima": "rms_rope_split_half"}
 """A fused kernel of ComfyUI's that has no backward pass, whatever `in_training` says."""
 CASES_HERE = [case for case in CASE_PARAMETERS if case.values[0] not in {**UNTRAINABLE, **WITHOUT_BACKWARD}]
+_UNET = {"num_res_blocks": [2, 2], "transformer_depth": [1] * 4, "transformer_depth_output": [1] * 6}
 DEEP = {
+    "sd15": _UNET,
+    "sdxl": _UNET,
     "sd3": {"num_blocks": 6},
     "auraflow": {"n_layers": 6, "n_double_layers": 3},
     "flux": {"depth": 3, "depth_single_blocks": 3},
+    "flux2": {"depth": 3, "depth_single_blocks": 3},
     "chroma": {"depth": 3, "depth_single_blocks": 3},
     "hunyuan_video": {"depth": 3, "depth_single_blocks": 3},
     "qwen_image": {"num_layers": 6},
     "z_image": {"n_layers": 6},
     "omnigen2": {"num_layers": 6},
     "wan": {"num_layers": 6},
+    "krea2": {"layers": 6},
 }
 
 
@@ -70,6 +76,44 @@ def test_gradients_are_slopes_and_stay_the_same_when_blocks_are_recomputed(name)
         assert min(errors) < 0.02
         assert len(rows) >= 0.7 * len(plain)
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("name", CASES_HERE)
+def test_the_bypass_equals_the_saved_lora(name):
+    model = network_of(name)
+    with prepared(name, model) as (_, trained, loss), torch.no_grad():
+        bypass, lora = loss().item(), to_lora_model(trained, {})
+    with prepared(name, apply_lora(model, lora), scale=0.0) as (_, _, loss), torch.no_grad():
+        merged = loss().item()
+    with prepared(name, model, scale=0.0) as (_, _, loss), torch.no_grad():
+        base = loss().item()
+    assert abs(merged - bypass) < 1e-4 * bypass and abs(base - bypass) > 1e-3 * bypass
+
+
+ROUTES = {"flux": ("double_block", 1), "sd3": ("double_block", 1), "qwen_image": ("double_block", 0)}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_a_block_that_others_replace_is_recomputed_all_the_same(name):
+    """ComfyUI's `patches_replace` calls the block from inside somebody's function, with a dictionary of arguments."""
+    calls = []
+
+    def replacement(args, extra):
+        calls.append(torch.is_grad_enabled())
+        return {key: 0.9 * value for key, value in extra["original_block"](args).items()}
+
+    def patch(_, args, kwargs):
+        kwargs["transformer_options"]["patches_replace"] = {"dit": {ROUTES[name]: replacement}}
+        return args, kwargs
+
+    with prepared(name) as (denoiser, trained, loss):
+        network, without = denoiser.real.diffusion_model, gradients(denoiser, trained, loss)
+        handle = network.register_forward_pre_hook(patch, with_kwargs=True)
+        plain = gradients(denoiser, trained, loss)
+        with recomputed(blocks_of(network)):
+            again = gradients(denoiser, trained, loss)
+        handle.remove()
+    assert len(calls) == 2 and relative(again, plain) < 1e-6 < relative(without, plain)
 
 
 @pytest.mark.parametrize("name", [case for case in CASES_HERE if case.values[0] in DEEP])

@@ -68,7 +68,7 @@ def numerical(network, parameter, step=1e-6):
 
 
 def test_gradients_through_additions_in_place_are_finite_differences():
-    """The same network without a checkpoint cannot be differentiated at all, and torch's checkpoint, on copies of the inputs, is wrong."""
+    """Without a checkpoint this network cannot be differentiated, and torch's, on copies of the inputs, is wrong."""
     network = Network()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         network(INPUT).backward()
