@@ -17,6 +17,7 @@ from . import (
     training,
     training_adapter,
     training_job,
+    training_memory,
     training_objective,
     training_preview,
     training_run,
@@ -41,5 +42,6 @@ NODES: list[type[io.ComfyNode]] = [
     *training_preview.NODES,
     *training_text.NODES,
     *training_job.NODES,
+    *training_memory.NODES,
     *tiny.NODES,
 ]

@@ -7,6 +7,7 @@ from ..runtime.training import LoRAConfig, TrainConfig, train_lora
 from ..runtime.training_data import training_data
 from .dataset import EncodedData
 from .training_adapter import AdapterSettings, OptimizerSettings
+from .training_memory import MemorySettings
 from .training_objective import ObjectiveSettings, TimestepDensitySettings
 from .training_preview import PreviewSettings
 from .training_run import RunSettings
@@ -249,6 +250,11 @@ class TrainLoRA(io.ComfyNode):
                     tooltip="From Encode Dataset, in place of latents, positive and empty: any number of pictures, read"
                     " from disk as they are needed.",
                 ),
+                MemorySettings.Input(
+                    "memory",
+                    optional=True,
+                    tooltip="From Training Memory: gradient checkpointing. Not connected: none.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -270,7 +276,7 @@ class TrainLoRA(io.ComfyNode):
     def execute(cls, model, validation_percent, latents=None, positive=None, empty=None, **settings) -> io.NodeOutput:
         # An optional input that is not connected is missing, or a list of one None.
         single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
-        names = ("adapter", "optimizer", "run", "preview", "text_encoder")
+        names = ("adapter", "optimizer", "run", "preview", "text_encoder", "memory")
         nodes = {name: single.pop(name, None) for name in names}
         lora_config = LoRAConfig(
             **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]

@@ -201,6 +201,7 @@ def training_session(
     """
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         patcher = plain_patcher(patcher)
+        refuse_compiled(patcher)
         with torch.no_grad():  # merging a DoRA into weights that ask for gradients fails, and ComfyUI only logs it
             comfy.model_management.load_models_gpu(
                 [patcher, *beside], memory_required=memory_required, force_full_load=True
@@ -209,6 +210,20 @@ def training_session(
             stack.enter_context(thawed(loaded.model))
         stack.enter_context(training_flag(True))
         yield ComfyDenoiser(patcher, beside)
+
+
+def refuse_compiled(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """ValueError where torch.compile took the place of the network or a block: adapters would get the wrong names.
+
+    ComfyUI's own node only wraps sampling, which training does not go through.
+    """
+    places = {**dict(patcher.model.named_modules()), **patcher.object_patches}
+    compiled = [name for name, module in places.items() if type(module).__name__ == "OptimizedModule"]
+    if compiled:
+        raise ValueError(
+            f"the MODEL carries a torch.compile of {', '.join(compiled[:3])}: connect the MODEL as it is before that "
+            "node, and compile the trained one"
+        )
 
 
 def plain_patcher(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:

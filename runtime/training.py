@@ -19,9 +19,11 @@ from ..training.adapter_kinds import AdapterNetwork
 from ..training.adapter_settings import AdapterConfig, match_targets
 from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.engine import Trainer
+from ..training.memory import MemoryConfig
 from ..training.optimizers import OptimizerConfig
 from .continuing import continued_network
 from .diffusers_format import diffusers_names
+from .gradients import memory_saving, require_right_gradients
 from .lora_keys import LoRAModel, apply_lora, apply_text_lora, to_lora_model
 from .objective import prepare, seen_in_flow
 from .paths import rescue_folders, save_lora
@@ -68,6 +70,7 @@ def train_lora(
     run: RunConfig | None = None,
     preview: PreviewConfig | None = None,
     text_encoder: TextEncoder | None = None,
+    memory: MemoryConfig | None = None,
 ) -> TrainingResult:
     """Train a LoRA on the model as it is loaded and patched now. The model itself is left exactly as it was.
 
@@ -78,11 +81,11 @@ def train_lora(
     samples = data.samples()
     model, config = prepare(model, config)
     reporter = TrainingReporter(config.steps, node_id)
-    memory = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
+    needed = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
     encoder = text_encoder.private() if text_encoder else None
     beside = [encoder.clip.patcher] if encoder else []
-    memory += encoder.memory(config.batch_size) if encoder else 0
-    with training_session(model, memory, beside) as denoiser:
+    needed += encoder.memory(config.batch_size) if encoder else 0
+    with training_session(model, needed, beside) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
         text = LiveText(encoder, denoiser, lora_config.seed, adapter) if encoder else None
         dataset, held_out = datasets_of(denoiser, data, samples, reporter, text)
@@ -101,8 +104,13 @@ def train_lora(
             header = metadata(trainer, adapter or lora_config, denoiser, reporter)
             return to_lora_model(network, header) if text is None else text.add_to(to_lora_model(network, header))
 
-        watching = watched(trainer, reporter, denoiser, keeper, preview)
-        with network.installed(), text.installed() if text else nullcontext(), watching as previewer:
+        with (
+            network.installed(),
+            text.installed() if text else nullcontext(),
+            memory_saving(denoiser.real.diffusion_model, memory),
+            watched(trainer, reporter, denoiser, keeper, preview) as previewer,
+        ):
+            require_right_gradients(denoiser, trainer)
             run_or_rescue(trainer, reporter, current, keeper)
         lora = current()
     lora.diffusers = diffusers_names(model.model)

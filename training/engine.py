@@ -218,7 +218,8 @@ class Trainer:
         with dropout, self.denoiser.gradient_context():
             for part in parts(len(x0), self.config.batch_size // self.world.size):
                 loss = self.loss(x0[part], conditions[part], eps[part], t[part], seen[part]).sum() / len(x0)
-                loss.backward()
+                if loss.requires_grad:
+                    loss.backward()
                 total = total + loss.detach()
         return self.world.mean(total)
 
