@@ -22,6 +22,7 @@ from ..training.engine import Trainer
 from ..training.optimizers import OptimizerConfig
 from .continuing import continued_network
 from .lora_keys import LoRAModel, apply_lora, to_lora_model
+from .masked import with_masks_and_prior
 from .objective import prepare, seen_in_flow
 from .paths import save_lora
 from .progress import TrainingReporter
@@ -79,16 +80,17 @@ def train_lora(
     """
     config = with_optimizer(config, optimizer)
     samples = data.samples()
+    objective = config.objective  # with its prompt, which is data
     model, config = prepare(model, config)
     reporter = TrainingReporter(config.steps, node_id)
     memory = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
     with training_session(model, memory) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
-        dataset, held_out = split_held_out(
-            denoiser.dataset(samples, data.positive, data.negative), data.validation_percent
-        )
+        dataset = denoiser.dataset(samples, data.positive, data.negative)
+        dataset = with_masks_and_prior(denoiser, dataset, data.latents, data.negative, objective)
+        dataset, held_out = split_held_out(dataset, data.validation_percent)
         seen = seen_in_flow(denoiser, config.objective)
-        trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run))
+        trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run), network.disabled)
         if isinstance(network, AdapterNetwork):
             trainer.adapter = network
         others = {"adapter": asdict(adapter)} if adapter else {}
@@ -156,12 +158,7 @@ def split_held_out(dataset: Dataset, percent: int) -> tuple[Dataset, Dataset | N
     if count == 0:
         return dataset, None
     held = {(2 * k + 1) * len(dataset) // (2 * count) for k in range(count)}
-    parts = ([i for i in range(len(dataset)) if i not in held], sorted(held))
-    pick = [
-        Dataset([dataset.latents[i] for i in rows], [dataset.conditions[i] for i in rows], dataset.empty_condition)
-        for rows in parts
-    ]
-    return pick[0], pick[1]
+    return dataset.subset([i for i in range(len(dataset)) if i not in held]), dataset.subset(sorted(held))
 
 
 def metadata(

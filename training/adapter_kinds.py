@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_settings import AdapterConfig
-from .adapters import _is_linear, hooked
+from .adapters import Switch, _is_linear, hooked
 from .data import step_generator
 
 
@@ -217,7 +217,7 @@ def widest(layer: Any) -> int:
     return min(layer.in_channels * math.prod(layer.kernel_size), layer.out_channels)
 
 
-class AdapterNetwork:
+class AdapterNetwork(Switch):
     """Adapters for a set of layers; `adapters` are existing ones to go on with.
 
     With the zero or the PiSSA start it is the identity, bit for bit.
@@ -250,7 +250,8 @@ class AdapterNetwork:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Forward hooks on the layers, removed at the end whatever happens."""
-        with hooked([(layer, _bypass(self.adapters[name])) for name, layer in self.layers.items()]):
+        hooks = {name: self.while_enabled(_bypass(adapter)) for name, adapter in self.adapters.items()}
+        with hooked([(layer, hooks[name]) for name, layer in self.layers.items()]):
             yield
 
     @contextmanager

@@ -72,12 +72,30 @@ class LoRA(nn.Module):
         return nn.functional.conv2d(nn.functional.conv2d(x, down, **self.convolution), up) * self.scale
 
 
+class Switch:
+    """Adapters that can be switched off for a forward pass, in which the network is what it is without them."""
+
+    enabled = True
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def while_enabled(self, hook: Any) -> Any:
+        """A forward hook that leaves the output alone while they are off."""
+        return lambda layer, args, output: hook(layer, args, output) if self.enabled else output
+
+
 def delta_weight(lora: LoRA) -> Tensor:
     """W' - W of the adapter, in the shape of the layer's weight."""
     return ((lora.up.flatten(1) @ lora.down.flatten(1)) * lora.scale).reshape(lora.up.shape[0], *lora.down.shape[1:])
 
 
-class LoRANetwork(nn.Module):
+class LoRANetwork(Switch, nn.Module):
     """Adapters for a set of layers. With `up` at zero it is the identity, bit for bit."""
 
     def __init__(self, layers: Mapping[str, nn.Module], config: LoRAConfig, device: torch.device):
@@ -92,7 +110,8 @@ class LoRANetwork(nn.Module):
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Forward hooks on the layers, removed at the end whatever happens."""
-        with hooked([(layer, _bypass(self.adapters[name])) for name, layer in self.layers.items()]):
+        hooks = {name: self.while_enabled(_bypass(adapter)) for name, adapter in self.adapters.items()}
+        with hooked([(layer, hooks[name]) for name, layer in self.layers.items()]):
             yield
 
     def saved(self) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -1,7 +1,7 @@
 """Samples in memory and the order in which they are visited: a function of (seed, step), so that a run can resume."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ class Dataset:
     conditions: Sequence[Condition]
     empty_condition: Condition | None = None
     """What caption dropout replaces a condition with."""
+    masks: Sequence[Tensor] | None = None
+    """[1, ..., h, w] of each latent: 1 where it is learned, see `training.masked`."""
+    prior_conditions: Sequence[Condition] | None = None
+    """For each latent the condition on which the adapter shall change nothing, see `training.prior`."""
 
     def __post_init__(self):
         if len(self.latents) == 0:
@@ -28,6 +32,17 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def subset(self, rows: Sequence[int]) -> "Dataset":
+        """These samples, in this order."""
+        parts = {name: getattr(self, name) for name in ("latents", "conditions", "masks", "prior_conditions")}
+        return replace(
+            self, **{name: None if part is None else [part[row] for row in rows] for name, part in parts.items()}
+        )
+
+    def masks_of(self, rows: Sequence[int]) -> Tensor | None:
+        """[B, 1, ..., h, w], or None where no sample has a mask."""
+        return None if self.masks is None else torch.stack([self.masks[row] for row in rows])
 
     def groups(self) -> list[list[int]]:
         """Indices of samples that can share a batch: those whose latents have one shape."""

@@ -1,7 +1,7 @@
 """The training loop. It yields events and knows nothing of nodes, files or progress bars."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from .data import BatchOrder, Dataset, step_generator
 from .events import Event, StepDone
 from .guard import Guard
 from .noise import shape_noise
-from .objective import loss_for_batch
 from .optim import MovingAverage, build_optimizer, learning_rate
 from .optimizers import set_training_mode
+from .prior import LossTerms
 from .protocols import TrainableDenoiser
 from .timesteps import draw_t, sample_t
 from .validation import validate
@@ -39,6 +39,7 @@ class Trainer:
         dataset: Dataset,
         held_out: Dataset | None = None,
         guard: Guard | None = None,
+        without_adapter: Callable[[], AbstractContextManager] | None = None,
     ):
         if not parameters:
             raise ValueError("there is nothing to train: no parameter was given")
@@ -52,6 +53,7 @@ class Trainer:
         self.parameters = list(parameters)
         self.dataset = dataset
         self.held_out = held_out
+        self.terms = LossTerms(denoiser, dataset, config.objective, without_adapter)
         self.accumulate = config.optimizer.accumulate if config.optimizer else 1
         self.order = BatchOrder(dataset, config.batch_size * self.accumulate, config.seed)
         self.optimizer = build_optimizer(self.parameters, config)
@@ -175,9 +177,10 @@ class Trainer:
         with dropout, self.denoiser.gradient_context():
             for part in (slice(first, first + size) for first in range(0, len(x0), size)):
                 batch = x0[part], conditions[part], eps[part], t[part]
-                loss = loss_for_batch(self.denoiser, *batch, objective, seen[part]).sum() / len(x0)
-                loss.backward()
-                total = total + loss.detach()
+                for losses in self.terms(rows[part], *batch, seen[part]):
+                    loss = losses.sum() / len(x0)
+                    loss.backward()
+                    total = total + loss.detach()
         return total
 
     def _draw_t(self, x0: Tensor, generator: torch.Generator) -> Tensor:
@@ -199,4 +202,5 @@ class Trainer:
     def _validate(self):
         assert self.held_out is not None
         set_training_mode(self.optimizer, False)
-        return validate(self.denoiser, self.held_out, self.config.batch_size, self.config.seed, self.step)
+        config = self.config
+        return validate(self.denoiser, self.held_out, config.batch_size, config.seed, self.step, config.objective)
