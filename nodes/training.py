@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..runtime.masked import one_objective
 from ..runtime.saving import save_lora_model
 from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
 from .training_adapter import AdapterSettings, OptimizerSettings
@@ -233,6 +234,7 @@ class TrainLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latents, positive, validation_percent, empty=None, **settings) -> io.NodeOutput:
+        settings["objective"] = one_objective(settings.get("objective"))
         # An optional input that is not connected is missing, or a list of one None.
         single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
         nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run")}

@@ -293,7 +293,7 @@ class Objective(io.ComfyNode):
                     "prior_conditioning",
                     optional=True,
                     tooltip="For class_prompt: what the LoRA shall not change, like 'a photo of a person' for a LoRA of"
-                    " one person. Not connected: Train LoRA's empty.",
+                    " one person. A list: one for each latent. Not connected: Train LoRA's empty.",
                 ),
             ],
             outputs=[ObjectiveSettings.Output(display_name="objective", tooltip="For Train LoRA's objective.")],

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..training.data import Dataset
 from ..training.masked import fit_mask
 from ..training.recipe import ObjectiveConfig
-from .trainable import ComfyDenoiser
+from .trainable import ComfyDenoiser, Row
 
 
 logger = logging.getLogger(__name__)
@@ -35,10 +35,35 @@ def with_masks_and_prior(
             ]
     prompt = empty if objective.prior_conditioning is None else objective.prior_conditioning
     if objective.prior_weight and objective.prior_on == "class_prompt" and prompt is not None:
-        with torch.no_grad():  # sizes are part of some models' conditioning
-            rows = {latent.shape: denoiser.condition(prompt, latent) for latent in dataset.latents}
-        conditions = [rows[latent.shape] for latent in dataset.latents]
+        with torch.no_grad():
+            conditions = prior_rows(denoiser, dataset.latents, prompt)
     return replace(dataset, masks=masks, prior_conditions=conditions)
+
+
+def prior_rows(denoiser: ComfyDenoiser, latents: Sequence[Tensor], prompt: list | tuple) -> list[Row]:
+    """What shall not change for each latent: one CONDITIONING for all of them, or a tuple with one each."""
+    if isinstance(prompt, list):  # sizes are part of some models' conditioning
+        rows = {latent.shape: denoiser.condition(prompt, latent) for latent in latents}
+        return [rows[latent.shape] for latent in latents]
+    if len(prompt) != len(latents):
+        raise ValueError(
+            f"{len(latents)} latents but {len(prompt)} conditionings at prior_conditioning of Training Objective:"
+            " connect one for each latent, or a single one"
+        )
+    return [denoiser.condition(part, latent) for part, latent in zip(prompt, latents, strict=True)]
+
+
+def one_objective(connected: Sequence[ObjectiveConfig | None] | None) -> list[ObjectiveConfig]:
+    """What is connected to Train LoRA as a list of at most one.
+
+    Training Objective runs once for each of a list of conditionings; what comes out differs in these alone.
+    """
+    found = [objective for objective in connected or () if objective is not None]
+    if any(objective != found[0] for objective in found):
+        raise ValueError(f"objective got {len(found)} different settings, but a run has one: connect one")
+    if len(found) > 1 and found[0].prior_conditioning is not None:
+        return [replace(found[0], prior_conditioning=tuple(objective.prior_conditioning for objective in found))]
+    return found[:1]
 
 
 def sample_masks(latents: Sequence[dict]) -> list[Tensor | None]:

@@ -110,7 +110,7 @@ class ObjectiveConfig:
     prior_on: PriorOn = "class_prompt"
     """Where nothing shall change: on another prompt, or outside the masks. See `training.prior`."""
     prior_conditioning: Any = field(default=None, repr=False, compare=False)
-    """The node's way to hand over that prompt; `runtime.prior` takes it out before the run."""
+    """How the node hands that prompt over; `runtime.objective.prepare` takes it out, because it is data."""
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():

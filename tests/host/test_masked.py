@@ -11,7 +11,7 @@ from comfy.model_management import InterruptProcessingException
 
 from tidetable.nodes.training_objective import Objective
 from tidetable.runtime import paths, tiny
-from tidetable.runtime.masked import sample_masks
+from tidetable.runtime.masked import one_objective, prior_rows, sample_masks
 from tidetable.runtime.trainable import training_session
 from tidetable.runtime.training import TrainingData, train_lora
 from tidetable.tests.host.comparing import fingerprint, inference_copy
@@ -230,6 +230,36 @@ def test_the_node_hands_the_prompt_over(data):
     assert equal(result, train(model, data, prior_weight=0.5))
 
 
+def test_a_list_of_prompts_has_one_for_each_latent(data):
+    """As ComfyUI runs the nodes: Training Objective once for each conditioning, Train LoRA with all that came out."""
+    made = [ObjectiveConfig(prior_weight=0.5, prior_conditioning=prompt) for prompt in data.positive]
+    (listed,) = one_objective(made)
+    model = inference_copy(tiny.load_tiny_model("unet-v"))
+    own = train(model, data, prior_weight=0.5, prior_conditioning=listed.prior_conditioning)
+    same = train(model, data, prior_weight=0.5, prior_conditioning=(data.negative,) * COUNT)
+    assert equal(same, train(model, data, prior_weight=0.5)) and not equal(own, same)
+    with pytest.raises(ValueError, match="10 latents but 3 conditionings at prior_conditioning"):
+        train(model, data, prior_weight=0.5, prior_conditioning=listed.prior_conditioning[:3])
+    with pytest.raises(ValueError, match="objective got 2 different settings"):
+        one_objective([made[0], ObjectiveConfig(prior_weight=0.4)])
+    assert one_objective(None) == one_objective([None]) == []
+    assert one_objective(made[:1])[0] is made[0]
+
+
+def test_one_prompt_is_told_the_size_of_every_latent():
+    model = inference_copy(zoo("sdxl"))
+    generator = torch.Generator().manual_seed(0)
+    prompt = [[torch.randn(1, 6, 32, generator=generator), {"pooled_output": torch.randn(1, 32, generator=generator)}]]
+    with training_session(model) as denoiser, torch.no_grad():
+        sizes = [(8, 8), (8, 12), (8, 8)]
+        latents = [torch.zeros(model.model.latent_format.latent_channels, *size) for size in sizes]
+        rows = prior_rows(denoiser, latents, prompt)
+        for row, latent in zip(rows, latents, strict=True):
+            for name, value in denoiser.condition(prompt, latent).items():
+                assert torch.equal(row[name], value)
+    assert any(not torch.equal(rows[0][name], rows[1][name]) for name in rows[0])
+
+
 # ── runs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -246,6 +276,7 @@ def test_a_cancelled_run_with_masks_and_prior_goes_on_bit_for_bit(prior_on, data
         "prior_weight": 0.7,
         "prior_on": prior_on,
         "weighting": "min_snr",
+        "flow": "bridge" if prior_on == "class_prompt" else "off",
     }
     complete = train(model, data, **settings)
     with monkeypatch.context() as patch:
