@@ -16,7 +16,9 @@ from . import (
     training,
     training_adapter,
     training_objective,
+    training_preview,
     training_run,
+    training_text,
 )
 
 
@@ -33,5 +35,7 @@ NODES: list[type[io.ComfyNode]] = [
     *training_adapter.NODES,
     *training_objective.NODES,
     *training_run.NODES,
+    *training_preview.NODES,
+    *training_text.NODES,
     *tiny.NODES,
 ]

@@ -3,11 +3,13 @@
 from comfy_api.latest import io
 
 from ..runtime.masked import one_objective
-from ..runtime.saving import save_lora_model
+from ..runtime.saving import FORMATS, save_lora_model, workflow_of
 from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
 from .training_adapter import AdapterSettings, OptimizerSettings
 from .training_objective import ObjectiveSettings, TimestepDensitySettings
+from .training_preview import PreviewSettings
 from .training_run import RunSettings
+from .training_text import TextEncoderSettings
 
 
 _TRAIN, _LORA = TrainConfig(), LoRAConfig()
@@ -222,6 +224,19 @@ class TrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="From Training Run: checkpoints, resuming, guard and log. Not connected: none of them.",
                 ),
+                PreviewSettings.Input(
+                    "preview",
+                    optional=True,
+                    tooltip="From Training Preview: pictures drawn while the run trains. Not connected: none.",
+                ),
+                TextEncoderSettings.Input(
+                    "text_encoder",
+                    optional=True,
+                    tooltip=(
+                        "From Text Encoder LoRA: trains the text encoder too, on its captions. Not connected: it is "
+                        "frozen."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -229,6 +244,13 @@ class TrainLoRA(io.ComfyNode):
                 ),
                 io.LoraModel.Output(display_name="LORA_MODEL"),
                 io.LossMap.Output(display_name="LOSS_MAP"),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip=(
+                        "The CLIP of Text Encoder LoRA with its LoRA at strength 1. Without text_encoder, nodes "
+                        "behind it do not run, and it says so."
+                    ),
+                ),
             ],
         )
 
@@ -237,13 +259,14 @@ class TrainLoRA(io.ComfyNode):
         settings["objective"] = one_objective(settings.get("objective"))
         # An optional input that is not connected is missing, or a list of one None.
         single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
-        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run")}
+        names = ("adapter", "optimizer", "run", "preview", "text_encoder")
+        nodes = {name: single.pop(name, None) for name in names}
         lora_config = LoRAConfig(
             **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
         )
         data = TrainingData(latents, positive, empty[0] if empty else None, validation_percent[0])
         result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, **nodes)
-        return io.NodeOutput(result.model, result.lora, result.loss_map)
+        return io.NodeOutput(result.model, result.lora, result.loss_map, result.clip, ui=result.ui)
 
 
 class SaveLoRA(io.ComfyNode):
@@ -258,6 +281,7 @@ class SaveLoRA(io.ComfyNode):
                 " reads it."
             ),
             is_output_node=True,
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             inputs=[
                 io.LoraModel.Input("lora", tooltip="From Train LoRA; ComfyUI's own trainer's output works too."),
                 io.String.Input(
@@ -273,13 +297,33 @@ class SaveLoRA(io.ComfyNode):
                     default="",
                     tooltip="modelspec.title in the header. Empty keeps the title that training wrote.",
                 ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="comfyui",
+                    tooltip=(
+                        "Names of the layers in the file. comfyui: every LoRA loader of ComfyUI. diffusers: also"
+                        " diffusers pipelines; LoRA only, and only for families whose names ComfyUI knows."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "include_workflow",
+                    default=False,
+                    tooltip=(
+                        "Put this graph with its captions and file names into the header, so that the file opens as a"
+                        " workflow. Off: settings only. ComfyUI's --disable-metadata wins."
+                    ),
+                ),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="As LoRA loaders list it.")],
         )
 
     @classmethod
-    def execute(cls, lora, filename_prefix: str, title: str) -> io.NodeOutput:
-        name = save_lora_model(lora, filename_prefix, title)
+    def execute(
+        cls, lora, filename_prefix: str, title: str, format: str = "comfyui", include_workflow: bool = False
+    ) -> io.NodeOutput:
+        workflow = workflow_of(cls.hidden) if include_workflow else None
+        name = save_lora_model(lora, filename_prefix, title, format, workflow)
         return io.NodeOutput(name, ui={"text": (name,)})
 
 

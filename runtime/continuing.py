@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..training.adapter_kinds import Adapter, AdapterNetwork, DoRA, LoHa, LowRank
 from ..training.adapter_settings import AdapterConfig
+from .lora_keys import TEXT
 
 
 FACTORS = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight", "_lora.up.weight", ".hada_w1_a", ".lokr_w1")
 """How the names end that stand for one adapter each."""
-TEXT = ("lora_te", "text_encoder")
 
 
 def continued_network(model: Any, config: AdapterConfig, device: torch.device) -> AdapterNetwork:

@@ -35,6 +35,11 @@ def with_masks_and_prior(
             ]
     prompt = empty if objective.prior_conditioning is None else objective.prior_conditioning
     if objective.prior_weight and objective.prior_on == "class_prompt" and prompt is not None:
+        if denoiser.resolve is not None:
+            raise ValueError(
+                f"prior_weight is {objective.prior_weight}, but prior_conditioning was encoded before this run, which"
+                " trains the text encoder too: use prior_on 'outside_mask', or leave text_encoder unconnected"
+            )
         with torch.no_grad():
             conditions = prior_rows(denoiser, dataset.latents, prompt)
     return replace(dataset, masks=masks, prior_conditions=conditions)

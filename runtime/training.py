@@ -7,33 +7,45 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..training.adapter_kinds import AdapterNetwork
 from ..training.adapter_settings import AdapterConfig, match_targets
-from ..training.adapters import LoRANetwork, select_targets
 from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.data import Dataset
 from ..training.engine import Trainer
 from ..training.optimizers import OptimizerConfig
 from .continuing import continued_network
-from .lora_keys import LoRAModel, apply_lora, to_lora_model
+from .diffusers_format import diffusers_names
+from .lora_keys import LoRAModel, apply_lora, apply_text_lora, to_lora_model
 from .masked import with_masks_and_prior
 from .objective import prepare, seen_in_flow
 from .paths import save_lora
+from .preflight import check_latents, check_settings
+from .previews import PreviewConfig
 from .progress import TrainingReporter
+from .text_encoder import LiveText, TextEncoder
 from .trainable import ComfyDenoiser, training_session
 from .training_run import RunConfig, RunKeeper, fingerprint, guard_of
+from .watching import watched
 
 
 logger = logging.getLogger(__name__)
 MEMORY_FACTOR = 4.0
 """Activations kept for the backward pass, relative to what ComfyUI estimates for a forward pass."""
 RESCUE_PREFIX = "tidetable/unfinished"
+NO_CLIP = (
+    "Train LoRA has a CLIP only where its input text_encoder is connected (Text Encoder LoRA): otherwise the text "
+    "encoder is as it was, so use the CLIP of the loader"
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,10 @@ class TrainingResult:
     """The model it was trained on, with the LoRA applied: a clone."""
     lora: LoRAModel
     loss_map: dict
+    ui: dict[str, list[dict[str, str]]] | None = None
+    """What the page shows on the node: the previews."""
+    clip: comfy.sd.CLIP | ExecutionBlocker = field(default_factory=lambda: ExecutionBlocker(NO_CLIP))
+    """The text encoder with the LoRA applied: a clone. Without one, what stops the nodes behind it in words."""
 
 
 def train_lora(
@@ -72,6 +88,8 @@ def train_lora(
     adapter: AdapterConfig | None = None,
     optimizer: OptimizerConfig | None = None,
     run: RunConfig | None = None,
+    preview: PreviewConfig | None = None,
+    text_encoder: TextEncoder | None = None,
 ) -> TrainingResult:
     """Train a LoRA on the model as it is loaded and patched now. The model itself is left exactly as it was.
 
@@ -84,36 +102,49 @@ def train_lora(
     model, config = prepare(model, config)
     reporter = TrainingReporter(config.steps, node_id)
     memory = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
-    with training_session(model, memory) as denoiser:
+    encoder = text_encoder.private() if text_encoder else None
+    beside = [encoder.clip.patcher] if encoder else []
+    memory += encoder.memory(config.batch_size) if encoder else 0
+    with training_session(model, memory, beside) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
         dataset = denoiser.dataset(samples, data.positive, data.negative)
+        check_latents(samples, dataset, reporter)
+        text = LiveText(encoder, denoiser, lora_config.seed) if encoder else None
+        if text is not None:
+            dataset = text.dataset(dataset, data.positive, data.negative)
         dataset = with_masks_and_prior(denoiser, dataset, data.latents, data.negative, objective)
         dataset, held_out = split_held_out(dataset, data.validation_percent)
         seen = seen_in_flow(denoiser, config.objective)
-        trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run), network.disabled)
-        if isinstance(network, AdapterNetwork):
-            trainer.adapter = network
+        groups = [text.group()] if text else []
+        off = network.disabled if text is None else partial(text.without, network)
+        trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run), groups, off)
+        trainer.adapter = network
         others = {"adapter": asdict(adapter)} if adapter else {}
+        others |= {"text_encoder": text.identity()} if text else {}
         identity = fingerprint(denoiser, trainer, lora_config, **others) if run else {}
         keeper = RunKeeper(run, trainer, reporter, identity) if run else None
+        check_settings(trainer, network, lora_config.rank, reporter)
         logger.info("training %d adapters on %d samples", len(network.layers), len(dataset))
 
         def current() -> LoRAModel:
-            return to_lora_model(network, metadata(trainer, adapter or lora_config, denoiser, reporter))
+            header = metadata(trainer, adapter or lora_config, denoiser, reporter)
+            return to_lora_model(network, header) if text is None else text.add_to(to_lora_model(network, header))
 
-        with network.installed():
+        watching = watched(trainer, reporter, denoiser, keeper, preview)
+        with network.installed(), text.installed() if text else nullcontext(), watching as previewer:
             run_or_rescue(trainer, reporter, current, keeper)
         lora = current()
-    return TrainingResult(apply_lora(model, lora), lora, reporter.loss_map())
+    lora.diffusers = diffusers_names(model.model)
+    ui = None if previewer is None else {"images": previewer.images()}
+    result = TrainingResult(apply_lora(model, lora), lora, reporter.loss_map(), ui)
+    return replace(result, clip=apply_text_lora(text_encoder.clip, lora)) if text_encoder else result
 
 
 def build_network(
     modules: dict, denoiser: ComfyDenoiser, lora_config: LoRAConfig, adapter: AdapterConfig | None
-) -> LoRANetwork | AdapterNetwork:
+) -> AdapterNetwork:
     """Adapters on the network's layers: LoRA by the node's own inputs, or what a Tidetable_Adapter says."""
-    if adapter is None:
-        return LoRANetwork(select_targets(modules, lora_config.targets), lora_config, denoiser.device)
-    adapter = replace(adapter, seed=lora_config.seed)
+    adapter = AdapterConfig(**asdict(lora_config)) if adapter is None else replace(adapter, seed=lora_config.seed)
     if adapter.continue_from:
         network = continued_network(denoiser.real, adapter, denoiser.device)
     else:
@@ -135,12 +166,20 @@ def run_or_rescue(
     except BaseException:  # cancelling is a BaseException in newer ComfyUI
         if trainer.step:
             _rescue(trainer, current, keeper)
+        else:
+            logger.warning("training stopped before its first step was done: there is nothing to save")
         raise
+    finally:
+        if keeper is not None:
+            keeper.close()
 
 
 def _rescue(trainer: Trainer, current: Callable[[], LoRAModel], keeper: RunKeeper | None) -> None:
-    if keeper is not None:
-        keeper.save()  # before the moving average takes the place of the weights
+    try:
+        if keeper is not None:
+            keeper.save()  # before the moving average takes the place of the weights
+    except Exception as error:  # the LoRA is still to be saved, and the reason for the stop matters more
+        logger.error("no checkpoint at step %d: %s", trainer.step, error)
     trainer.finish()
     lora = current()
     try:

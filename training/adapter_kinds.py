@@ -2,10 +2,11 @@
 
 LoRA: Hu et al. 2021, arXiv:2106.09685. DoRA: Liu et al. 2024, arXiv:2402.09353. LoHa: Hyeon-Woo et al. 2021 (FedPara),
 arXiv:2108.06098. LoKr: Yeh et al. 2023 (LyCORIS), arXiv:2309.14859. Parameters are fp32 whatever the layer computes in.
+The *bypass* form used in training leaves the layer alone and changes its output: the base may be quantized or patched.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_settings import AdapterConfig
-from .adapters import Switch, _is_linear, hooked
+from .adapters import _is_linear, hooked
 from .data import step_generator
 
 
@@ -82,6 +83,7 @@ class LowRank(Adapter):
         out, inputs, kernel = self.layer_shape[0], self.layer_shape[1], self.layer_shape[2:]
         ones = (1,) * len(kernel)
         bound = 1 / math.sqrt(inputs * math.prod(kernel))
+        # Kaiming uniform with a = sqrt(5), torch's own default for linear layers: a bound of 1/sqrt(fan_in).
         down = (torch.rand(rank, inputs, *kernel, generator=generator) * 2 - 1) * bound
         up = torch.zeros(out, rank, *ones)
         self.start: tuple[Tensor, Tensor] | None = None
@@ -92,7 +94,7 @@ class LowRank(Adapter):
             down = (v[:rank] * root[:, None]).reshape(down.shape).contiguous()
             device = layer.weight.device
             self.start = up.to(device, copy=True), down.to(device, copy=True)
-        self.up, self.down = nn.Parameter(up), nn.Parameter(down)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
 
     def term(self, x: Tensor) -> Tensor:
         """`delta` applied to x, without forming it."""
@@ -114,7 +116,7 @@ class LowRank(Adapter):
         if self.start is not None:  # the subtracted start is a second half of the rank
             up, down = torch.cat([up, -self.start[0]], 1), torch.cat([down, self.start[1]], 0)
         alpha = torch.tensor(self.scale * down.shape[0])
-        return {"lora_up.weight": up, "lora_down.weight": down, "alpha": alpha}
+        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
 
     def _product(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         inner = self._through(x, self._masked(down))
@@ -217,7 +219,7 @@ def widest(layer: Any) -> int:
     return min(layer.in_channels * math.prod(layer.kernel_size), layer.out_channels)
 
 
-class AdapterNetwork(Switch):
+class AdapterNetwork:
     """Adapters for a set of layers; `adapters` are existing ones to go on with.
 
     With the zero or the PiSSA start it is the identity, bit for bit.
@@ -231,7 +233,7 @@ class AdapterNetwork(Switch):
         adapters: Mapping[str, Adapter] | None = None,
     ):
         generator = torch.Generator().manual_seed(config.seed)
-        self.config, self.layers = config, dict(layers)
+        self.config, self.layers, self.enabled = config, dict(layers), True
         if adapters is not None:
             self.adapters = {name: adapter.to(device) for name, adapter in adapters.items()}
             return
@@ -250,14 +252,30 @@ class AdapterNetwork(Switch):
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Forward hooks on the layers, removed at the end whatever happens."""
-        hooks = {name: self.while_enabled(_bypass(adapter)) for name, adapter in self.adapters.items()}
-        with hooked([(layer, hooks[name]) for name, layer in self.layers.items()]):
+        hooks = [(layer, self._hook(self.adapters[name])) for name, layer in self.layers.items()]
+        with hooked(hooks):
             yield
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switched off, for a forward pass of the network as it is without them."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def _hook(self, adapter: Adapter) -> Callable[[Any, tuple, Tensor], Tensor]:
+        hook = _bypass(adapter)
+        return lambda layer, args, output: hook(layer, args, output) if self.enabled else output
 
     @contextmanager
     def dropout(self, step: int) -> Iterator[None]:
         """The dropouts of a training step, a function of (seed, step); off again at the end."""
         generator, config = step_generator(self.config.seed, step, DROPOUT_STREAM), self.config
+        if not (config.rank_dropout or config.module_dropout):
+            yield
+            return
         try:
             for adapter in self.adapters.values():
                 adapter.dropped = torch.rand((), generator=generator).item() < config.module_dropout

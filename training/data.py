@@ -81,7 +81,12 @@ class BatchOrder:
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """The randomness of one step (stream 0), one epoch's order (1) or the validation noise (2)."""
+    """The randomness of one step (stream 0), an epoch's order (1), validation noise (2), or a row's noise (3 on)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
     mixed ^= mixed >> 31
     return torch.Generator().manual_seed((mixed * 0xD6E8FEB86659FD93) % 2**63)
+
+
+def row_noise(like: Tensor, seed: int, step: int, row: int) -> Tensor:
+    """Standard normal noise of one row of a step's batch, drawn on the CPU: the same on every device."""
+    return torch.randn(like.shape, generator=step_generator(seed, step, stream=3 + row)).to(like)

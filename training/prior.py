@@ -10,7 +10,7 @@ The difference to the answer without the adapter costs what the same difference 
 outside_mask one of 1 - mask times the loss over all of it. Nothing here draws random numbers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -23,7 +23,7 @@ from .recipe import ObjectiveConfig
 
 
 class LossTerms:
-    """The losses of a batch. `without_adapter` switches the trained adapter off for the length of a forward pass.
+    """The losses of a batch, by name. `without_adapter` switches what is trained off for the length of a forward pass.
 
     ValueError where the settings ask for masks, a prompt or an adapter that is not there.
     """
@@ -37,6 +37,8 @@ class LossTerms:
     ):
         self.denoiser, self.dataset, self.config, self.without_adapter = denoiser, dataset, config, without_adapter
         self.kept = config.prior_on if config.prior_weight else "nothing"
+        self.names = ("data", "prior") if self.kept == "class_prompt" else ("data",)
+        """One forward and backward pass each."""
         if config.masked_loss != "off" and dataset.masks is None:
             raise ValueError(
                 f"masked_loss is {config.masked_loss!r}, but none of the latents has a mask: put Set Latent Noise Mask"
@@ -56,24 +58,26 @@ class LossTerms:
 
     def __call__(
         self,
+        name: str,
         rows: Sequence[int],
         x0: Tensor,
         conditions: Sequence[Condition],
         eps: Tensor,
         t: Tensor,
         seen: Tensor,
-    ) -> Iterator[Tensor]:
-        """Per-sample losses [B] of the samples `rows`; each may be differentiated before the next one is computed."""
-        masks = self.dataset.masks_of(rows)
+    ) -> Tensor:
+        """Per-sample losses [B] of the samples `rows` of the data set."""
         x_t = self.denoiser.process.mix(x0, seen, t)
-        base = self._own_answer(x_t, t, conditions) if self.kept == "outside_mask" else None
-        yield loss_for_batch(self.denoiser, x0, conditions, eps, t, self.config, seen, masks, base)
-        if self.kept == "class_prompt":
-            assert self.dataset.prior_conditions is not None
-            classes = [self.dataset.prior_conditions[row] for row in rows]
-            base = self._own_answer(x_t, t, classes)
-            prediction = self.denoiser.predict(x_t, t, classes)
-            yield self.config.prior_weight * cost(self.denoiser, prediction, base, t, self.config)
+        if name == "data":
+            base = self._own_answer(x_t, t, conditions) if self.kept == "outside_mask" else None
+            masks = self.dataset.masks_of(rows)
+            return loss_for_batch(self.denoiser, x0, conditions, eps, t, self.config, seen, masks, base)
+        assert self.dataset.prior_conditions is not None
+        classes = [self.dataset.prior_conditions[row] for row in rows]
+        base = self._own_answer(x_t, t, classes)
+        return self.config.prior_weight * cost(
+            self.denoiser, self.denoiser.predict(x_t, t, classes), base, t, self.config
+        )
 
     @torch.no_grad()
     def _own_answer(self, x_t: Tensor, t: Tensor, conditions: Sequence[Condition]) -> Tensor:

@@ -5,12 +5,14 @@ from dataclasses import replace
 import torch
 
 from .data import Dataset, step_generator
+from .distributed import World
 from .events import Validated
 from .objective import NATIVE, loss_for_batch
 from .protocols import TrainableDenoiser
 from .recipe import ObjectiveConfig
 
 
+ALONE = World()
 VALIDATION_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -21,6 +23,7 @@ def validate(
     batch_size: int,
     seed: int,
     step: int,
+    world: World = ALONE,
     objective: ObjectiveConfig = NATIVE,
 ) -> Validated:
     """Mean native loss of every held-out sample at every level of `VALIDATION_T`, with noise drawn from the seed.
@@ -30,9 +33,10 @@ def validate(
     """
     masked = replace(NATIVE, masked_loss=objective.masked_loss, unmasked_weight=objective.unmasked_weight)
     by_t = []
+    groups = [group[world.rank :: world.size] for group in dataset.groups()]
     for level, t in enumerate(VALIDATION_T):
-        total = 0.0
-        for group in dataset.groups():
+        total = torch.zeros((), dtype=torch.float64)
+        for group in groups:
             for start in range(0, len(group), batch_size):
                 rows = group[start : start + batch_size]
                 x0 = torch.stack([dataset.latents[i] for i in rows])
@@ -40,8 +44,8 @@ def validate(
                 levels = denoiser.snap(torch.full((len(rows),), t, dtype=torch.float64))
                 conditions = [dataset.conditions[i] for i in rows]
                 losses = loss_for_batch(denoiser, x0, conditions, eps, levels, masked, masks=dataset.masks_of(rows))
-                total += losses.double().sum().item()
-        by_t.append((t, total / len(dataset)))
+                total += losses.double().sum().cpu()
+        by_t.append((t, (world.sum(total) / len(dataset)).item()))
     return Validated(step=step, loss=sum(loss for _, loss in by_t) / len(by_t), by_t=tuple(by_t))
 
 

@@ -10,8 +10,7 @@ from tidetable.schedules.process import VP, Flow
 from tidetable.tests.training.solvable import PointDenoiser, point_dataset
 from tidetable.tests.training.test_adapter_kinds import KINDS, adapters
 from tidetable.tests.training.test_masked import Pointwise, T, box_masks, samples
-from tidetable.training.adapters import LoRANetwork
-from tidetable.training.config import LoRAConfig, TrainConfig
+from tidetable.training.config import TrainConfig
 from tidetable.training.data import Dataset
 from tidetable.training.engine import Trainer
 from tidetable.training.optimizers import OptimizerConfig
@@ -20,14 +19,13 @@ from tidetable.training.recipe import ObjectiveConfig
 
 
 CLASS = 0.5
-LORA = LoRAConfig(rank=2, lora_alpha=2.0)
 
 
 def adapted(process=None, prediction="velocity", trained=True):
     """A pointwise denoiser, frozen, with a LoRA that has already moved."""
     torch.manual_seed(3)
     denoiser = Pointwise(process, prediction).requires_grad_(False)
-    network = LoRANetwork({"layer": denoiser.layer}, LORA, torch.device("cpu"))
+    network = adapters("lora", {"layer": denoiser.layer})
     if trained:
         network.adapters["layer"].up.data.normal_()
     return denoiser, network
@@ -44,7 +42,7 @@ def terms_of(denoiser, network, without_adapter=None, **settings):
     data, (x0, eps) = dataset(), samples()
     terms = LossTerms(denoiser, data, ObjectiveConfig(**settings), without_adapter or network.disabled)
     with network.installed():
-        return list(terms([0, 1, 2], x0, data.conditions, eps, T, eps))
+        return [terms(name, [0, 1, 2], x0, data.conditions, eps, T, eps) for name in terms.names]
 
 
 def answers(denoiser, network, conditions):
@@ -138,12 +136,12 @@ def test_it_draws_no_random_numbers():
 # ── the switch ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("kind", ["network", *KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_switched_off_every_kind_is_the_layer_itself_and_comes_back(kind):
     layer = torch.nn.Linear(6, 4)
     x = torch.randn(5, 6)
     bare = layer(x)
-    network = LoRANetwork({"layer": layer}, LORA, x.device) if kind == "network" else adapters(kind, {"layer": layer})
+    network = adapters(kind, {"layer": layer})
     with torch.no_grad():
         for parameter in network.trainable():
             parameter.add_(0.1 * torch.randn(parameter.shape))
