@@ -58,7 +58,7 @@ def apply_text_lora(clip: comfy.sd.CLIP, lora: dict[str, Tensor], strength: floa
     return _apply({name: tensor for name, tensor in lora.items() if name.startswith(TEXT)}, keys, clip, strength)
 
 
-def text_tensors(network: LoRANetwork, clip: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def text_tensors(network: AdapterNetwork, clip: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a trained text encoder by the names of a file: kohya's where ComfyUI knows them for the layer.
 
     lora_te_ where there is one text model, lora_te1_, lora_te2_, … where there are several.

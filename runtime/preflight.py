@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..training.adapter_kinds import AdapterNetwork, widest
-from ..training.adapters import LoRANetwork
 from ..training.data import Dataset
 from ..training.engine import Trainer
 from ..training.latent_statistics import judge, latent_statistics
@@ -29,11 +28,9 @@ def check_latents(samples: Sequence[Tensor], dataset: Dataset, reporter: Trainin
         reporter.say(verdict.text)
 
 
-def check_settings(
-    trainer: Trainer, network: LoRANetwork | AdapterNetwork, rank: int, reporter: TrainingReporter
-) -> None:
-    """Say which settings cannot do what they were set to do. `rank` is the plain LoRA's; adapters have their own."""
-    if text := narrow_layers(network, rank):
+def check_settings(trainer: Trainer, network: AdapterNetwork, reporter: TrainingReporter) -> None:
+    """Say which settings cannot do what they were set to do."""
+    if text := narrow_layers(network):
         reporter.say(text)
     config = trainer.config
     if config.optimizer is None and trainer.step < config.steps <= config.warmup_steps:
@@ -43,12 +40,11 @@ def check_settings(
         )
 
 
-def narrow_layers(network: LoRANetwork | AdapterNetwork, rank: int) -> str:
+def narrow_layers(network: AdapterNetwork) -> str:
     """A sentence on the layers whose weights have a smaller rank than was asked for; empty where there are none."""
     found = {}
     for name, layer in network.layers.items():
-        if isinstance(network, AdapterNetwork):
-            rank = 0 if network.config.continue_from else network.config.rank_of(name)
+        rank = 0 if network.config.continue_from else network.config.rank_of(name)
         if rank > widest(layer):
             found[f"{name} ({widest(layer)})"] = rank
     if not found:

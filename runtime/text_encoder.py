@@ -14,7 +14,9 @@ import torch
 from comfy.clip_model import CLIPTextModel
 from torch import Tensor, nn
 
-from ..training.adapters import LoRANetwork, select_targets
+from ..training.adapter_kinds import AdapterNetwork
+from ..training.adapter_settings import AdapterConfig
+from ..training.adapters import select_targets
 from ..training.checkpoint import digest
 from ..training.config import LoRAConfig, Targets, _require
 from ..training.data import Dataset
@@ -103,12 +105,12 @@ class LiveText:
         if patcher.forced_hooks is not None:
             raise ValueError("a CLIP with hooks on it (Set CLIP Hooks) cannot be trained: connect it without them")
         self.encoder, self.denoiser, self.clip = encoder, denoiser, encoder.clip
-        lora = LoRAConfig(rank=config.rank, lora_alpha=config.lora_alpha, targets=config.targets, seed=seed)
-        self.network = LoRANetwork(encoder.layers(), lora, patcher.load_device)
+        lora = AdapterConfig(rank=config.rank, lora_alpha=config.lora_alpha, targets=config.targets, seed=seed)
+        self.network = AdapterNetwork(encoder.layers(), lora, patcher.load_device)
         self.tokens: dict[str, Any] = {}
         with self.installed():
             reached = self._reached()
-        self.network = LoRANetwork(reached, lora, patcher.load_device)
+        self.network = AdapterNetwork(reached, lora, patcher.load_device)
         denoiser.resolve = self.rows
         logger.info("training %d adapters of the text encoder", len(self.network.layers))
 

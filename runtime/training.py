@@ -123,7 +123,7 @@ def train_lora(
         others |= {"text_encoder": text.identity()} if text else {}
         identity = fingerprint(denoiser, trainer, lora_config, **others) if run else {}
         keeper = RunKeeper(run, trainer, reporter, identity) if run else None
-        check_settings(trainer, network, lora_config.rank, reporter)
+        check_settings(trainer, network, reporter)
         logger.info("training %d adapters on %d samples", len(network.layers), len(dataset))
 
         def current() -> LoRAModel:

@@ -1,6 +1,6 @@
 """Training the text encoder beside the model, on ComfyUI's own CLIP classes at tiny size."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import comfy.model_management
 import comfy.sd
@@ -28,7 +28,9 @@ from tidetable.tests.host.text_models import (
 )
 from tidetable.tests.host.training_runs import LORA, quick_run
 from tidetable.training import engine
-from tidetable.training.adapters import LoRANetwork, select_targets
+from tidetable.training.adapter_kinds import AdapterNetwork
+from tidetable.training.adapter_settings import AdapterConfig
+from tidetable.training.adapters import select_targets
 from tidetable.training.config import TrainConfig
 from tidetable.training.objective import loss_for_batch
 from tidetable.training.optimizers import OptimizerConfig
@@ -98,7 +100,10 @@ def test_the_gradient_of_both_adapters_is_the_slope_of_the_loss(every):
     with training_session(model, 0, [encoder.clip.patcher]) as denoiser:
         plain = denoiser.dataset(data.samples(), data.positive)
         layers = select_targets(dict(denoiser.real.diffusion_model.named_modules()), "attention_mlp")
-        network, text = LoRANetwork(layers, LORA, denoiser.device), LiveText(encoder, denoiser, 0)
+        network, text = (
+            AdapterNetwork(layers, AdapterConfig(**asdict(LORA)), denoiser.device),
+            LiveText(encoder, denoiser, 0),
+        )
         generator = torch.Generator().manual_seed(2)
         for adapter in (*network.adapters.values(), *text.network.adapters.values()):
             adapter.up.data = 0.1 * torch.randn(adapter.up.shape, generator=generator)
