@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..runtime.live import serve_curves as serve_curves
 from . import (
+    dataset,
     guidance,
     model_sampling,
     official,
@@ -31,6 +32,7 @@ NODES: list[type[io.ComfyNode]] = [
     *samplers.NODES,
     *plots.NODES,
     *guidance.NODES,
+    *dataset.NODES,
     *training.NODES,
     *training_adapter.NODES,
     *training_objective.NODES,

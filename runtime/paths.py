@@ -90,3 +90,12 @@ def save_lora(tensors: dict[str, Tensor], prefix: str, metadata: dict[str, str])
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def cache_folder(name: str) -> Path:
+    """The folder of the cache of this name, below output/tidetable/cache. ValueError for a name that leaves it."""
+    base = (Path(folder_paths.get_output_directory()) / "tidetable" / "cache").resolve()
+    path = (base / name.strip()).resolve() if name.strip() and "\0" not in name and len(name) <= MAX_NAME else base
+    if base not in path.parents:
+        raise ValueError(f"{name[:40]!r} is not a name for a cache in {base}: use a plain name, or sub/name")
+    return path

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..training.adapter_kinds import AdapterNetwork, widest
-from ..training.data import Dataset
 from ..training.engine import Trainer
 from ..training.latent_statistics import judge, latent_statistics
 from .progress import TrainingReporter
@@ -17,9 +16,12 @@ NAMED = 5
 """Narrow layers that are named one by one."""
 
 
-def check_latents(samples: Sequence[Tensor], dataset: Dataset, reporter: TrainingReporter) -> None:
-    """Log the latents' statistics. ValueError where they cannot be the model's; a notice where they are unusual."""
-    seen = latent_statistics(dataset.latents)
+def check_latents(samples: Sequence[Tensor], latents: Sequence[Tensor], reporter: TrainingReporter) -> None:
+    """Log the statistics of latents as the model sees them; `samples` are the same as the VAE gave them.
+
+    ValueError where they cannot be the model's; a notice where they are unusual.
+    """
+    seen = latent_statistics(latents)
     logger.info("latents as the model sees them: %s", seen)
     verdict = judge(seen, latent_statistics(samples))
     if verdict.level == "error":

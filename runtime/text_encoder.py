@@ -23,7 +23,7 @@ from ..training.data import Dataset
 from ..training.optimizers import ParameterGroup
 from .lora_keys import LoRAModel, text_tensors
 from .trainable import ComfyDenoiser, Row, _own, plain_patcher
-from .training_run import _sample
+from .training_run import sample_values
 
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class LiveText:
 
     def identity(self) -> dict[str, Any]:
         """Settings and weights by which a run is known again; the captions are in the data set."""
-        weights = [_sample(p) for _, p in sorted(self.clip.cond_stage_model.named_parameters())]
+        weights = [sample_values(p) for _, p in sorted(self.clip.cond_stage_model.named_parameters())]
         return {**asdict(self.encoder.config), "layer": self.clip.layer_idx, "weights": digest(weights)}
 
     def add_to(self, lora: LoRAModel) -> LoRAModel:

@@ -6,7 +6,7 @@ node-level inputs to a `Trainer`, its events to the user, its result to MODEL an
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,25 +15,23 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 from comfy_execution.graph_utils import ExecutionBlocker
-from torch import Tensor
 
 from ..training.adapter_kinds import AdapterNetwork
 from ..training.adapter_settings import AdapterConfig, match_targets
 from ..training.config import LoRAConfig, TrainConfig, with_optimizer
-from ..training.data import Dataset
 from ..training.engine import Trainer
 from ..training.optimizers import OptimizerConfig
 from .continuing import continued_network
 from .diffusers_format import diffusers_names
 from .lora_keys import LoRAModel, apply_lora, apply_text_lora, to_lora_model
-from .masked import with_masks_and_prior
 from .objective import prepare, seen_in_flow
 from .paths import save_lora
-from .preflight import check_latents, check_settings
+from .preflight import check_settings
 from .previews import PreviewConfig
 from .progress import TrainingReporter
 from .text_encoder import LiveText, TextEncoder
 from .trainable import ComfyDenoiser, training_session
+from .training_data import TrainingData, datasets_of
 from .training_run import RunConfig, RunKeeper, fingerprint, guard_of
 from .watching import watched
 
@@ -46,25 +44,6 @@ NO_CLIP = (
     "Train LoRA has a CLIP only where its input text_encoder is connected (Text Encoder LoRA): otherwise the text "
     "encoder is as it was, so use the CLIP of the loader"
 )
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What the node was connected to."""
-
-    latents: Sequence[dict]
-    positive: Sequence[list]
-    negative: list | None = None
-    """The empty conditioning for caption dropout."""
-    validation_percent: int = 0
-    """Share of the samples that is held out for validation, 0 to 50."""
-
-    def samples(self) -> list[Tensor]:
-        """Every latent [C, ...] by itself, in order. ValueError where there is none."""
-        rows = [row for latent in self.latents for row in latent["samples"]]
-        if not rows:
-            raise ValueError("the latents are empty: connect the latents of at least one image (VAE Encode)")
-        return rows
 
 
 @dataclass(frozen=True)
@@ -107,13 +86,8 @@ def train_lora(
     memory += encoder.memory(config.batch_size) if encoder else 0
     with training_session(model, memory, beside) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
-        dataset = denoiser.dataset(samples, data.positive, data.negative)
-        check_latents(samples, dataset, reporter)
         text = LiveText(encoder, denoiser, lora_config.seed) if encoder else None
-        if text is not None:
-            dataset = text.dataset(dataset, data.positive, data.negative)
-        dataset = with_masks_and_prior(denoiser, dataset, data.latents, data.negative, objective)
-        dataset, held_out = split_held_out(dataset, data.validation_percent)
+        dataset, held_out = datasets_of(denoiser, data, samples, reporter, text, objective)
         seen = seen_in_flow(denoiser, config.objective)
         groups = [text.group()] if text else []
         off = network.disabled if text is None else partial(text.without, network)
@@ -187,17 +161,6 @@ def _rescue(trainer: Trainer, current: Callable[[], LoRAModel], keeper: RunKeepe
         logger.warning("training stopped at step %d of %d; saved %s", trainer.step, trainer.config.steps, path)
     except ValueError as error:  # the reason for the stop matters more than this
         logger.error("training stopped at step %d of %d; %s", trainer.step, trainer.config.steps, error)
-
-
-def split_held_out(dataset: Dataset, percent: int) -> tuple[Dataset, Dataset | None]:
-    """Hold out an evenly spaced share of the samples; none where the share is below one sample."""
-    if not 0 <= percent <= 50:
-        raise ValueError(f"validation_percent is {percent}, but it must be in 0..50")
-    count = len(dataset) * percent // 100
-    if count == 0:
-        return dataset, None
-    held = {(2 * k + 1) * len(dataset) // (2 * count) for k in range(count)}
-    return dataset.subset([i for i in range(len(dataset)) if i not in held]), dataset.subset(sorted(held))
 
 
 def metadata(

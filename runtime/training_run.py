@@ -66,12 +66,17 @@ def fingerprint(denoiser: ComfyDenoiser, trainer: Trainer, lora_config: LoRAConf
         "model.prediction": denoiser.prediction,
         "model.process": denoiser.process.name,
         "model.shift": denoiser.shift,
-        "model.weights": digest([_sample(p) for _, p in sorted(denoiser.real.diffusion_model.named_parameters())]),
+        "model.weights": digest(
+            [sample_values(p) for _, p in sorted(denoiser.real.diffusion_model.named_parameters())]
+        ),
         "layers": digest([tuple(p.shape) for p in trainer.parameters]),
     }
     for name, data in (("data", trainer.dataset), ("held_out", trainer.held_out)):
         if data is not None:
             found[f"{name}.samples"] = len(data)
+            if data.identity:
+                found[f"{name}.identity"] = data.identity
+                continue
             found[f"{name}.latents"] = digest(data.latents)
             found[f"{name}.conditions"] = digest(data.conditions)
             found[f"{name}.empty"] = digest(data.empty_condition)
@@ -231,7 +236,7 @@ def guard_of(run: RunConfig | None) -> Guard | None:
     return Guard(run.guard) if run is not None and run.guard is not None else None
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
+def sample_values(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, len(flat) // SAMPLED_VALUES)][: SAMPLED_VALUES + 1]
 

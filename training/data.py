@@ -1,6 +1,6 @@
-"""Samples in memory and the order in which they are visited: a function of (seed, step), so that a run can resume."""
+"""Samples, in memory or read one by one, and their order: a function of (seed, step), so that a run can resume."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,12 @@ class Dataset:
     conditions: Sequence[Condition]
     empty_condition: Condition | None = None
     """What caption dropout replaces a condition with."""
+    empties: Sequence[Condition] | None = None
+    """The same where each sample has its own; in place of `empty_condition`."""
+    keys: Sequence[Hashable] | None = None
+    """What the samples of a batch must have in common, one for each; None: the shape of the latent, read from it."""
+    identity: str = ""
+    """A name for all of it, for data that is not read as a whole to compare runs; empty where it is."""
     masks: Sequence[Tensor] | None = None
     """[1, ..., h, w] of each latent: 1 where it is learned, see `training.masked`."""
     prior_conditions: Sequence[Condition] | None = None
@@ -34,7 +40,7 @@ class Dataset:
         return len(self.latents)
 
     def subset(self, rows: Sequence[int]) -> "Dataset":
-        """These samples, in this order."""
+        """These samples, in this order, of a data set in memory."""
         parts = {name: getattr(self, name) for name in ("latents", "conditions", "masks", "prior_conditions")}
         return replace(
             self, **{name: None if part is None else [part[row] for row in rows] for name, part in parts.items()}
@@ -44,12 +50,18 @@ class Dataset:
         """[B, 1, ..., h, w], or None where no sample has a mask."""
         return None if self.masks is None else torch.stack([self.masks[row] for row in rows])
 
+    def condition(self, index: int, dropped: bool = False) -> Condition:
+        """A sample's condition, or what stands for it where its caption is dropped."""
+        if not dropped:
+            return self.conditions[index]
+        return self.empties[index] if self.empties is not None else self.empty_condition
+
     def groups(self) -> list[list[int]]:
-        """Indices of samples that can share a batch: those whose latents have one shape."""
-        by_shape: dict[torch.Size, list[int]] = {}
-        for index, latent in enumerate(self.latents):
-            by_shape.setdefault(latent.shape, []).append(index)
-        return list(by_shape.values())
+        """Indices of samples that can share a batch: those with one key."""
+        by_key: dict[Hashable, list[int]] = {}
+        for index, key in enumerate(self.keys or (latent.shape for latent in self.latents)):
+            by_key.setdefault(key, []).append(index)
+        return list(by_key.values())
 
 
 class BatchOrder:

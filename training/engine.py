@@ -49,7 +49,7 @@ class Trainer:
         """
         if not parameters:
             raise ValueError("there is nothing to train: no parameter was given")
-        if config.caption_dropout > 0 and dataset.empty_condition is None:
+        if config.caption_dropout > 0 and dataset.empty_condition is None and dataset.empties is None:
             raise ValueError(
                 f"caption_dropout is {config.caption_dropout}, but no empty conditioning was given: connect one, or"
                 " use 0"
@@ -208,8 +208,7 @@ class Trainer:
         t = self.denoiser.snap(self._draw_t(len(rows), x0.shape[1:], generator))[share]
         keep = torch.rand(len(rows), generator=generator) >= self.config.caption_dropout
         conditions = [
-            self.dataset.conditions[i] if kept else self.dataset.empty_condition
-            for i, kept in zip(rows[share], keep[share].tolist(), strict=True)
+            self.dataset.condition(i, not kept) for i, kept in zip(rows[share], keep[share].tolist(), strict=True)
         ]
         eps, seen = shape_noise(eps, x0, objective, generator)
         if len(eps) > len(x0):

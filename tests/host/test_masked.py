@@ -13,7 +13,8 @@ from tidetable.nodes.training_objective import Objective
 from tidetable.runtime import paths, tiny
 from tidetable.runtime.masked import one_objective, prior_rows, sample_masks
 from tidetable.runtime.trainable import training_session
-from tidetable.runtime.training import TrainingData, train_lora
+from tidetable.runtime.training import train_lora
+from tidetable.runtime.training_data import TrainingData
 from tidetable.tests.host.comparing import fingerprint, inference_copy
 from tidetable.tests.host.model_zoo import zoo
 from tidetable.tests.host.test_tiny import encode

@@ -151,7 +151,7 @@ def test_the_optimum_is_that_of_the_inside_and_validation_sees_only_it():
 def test_a_subset_takes_each_samples_mask_and_prompt_along():
     data = point_dataset(4)
     masks = [torch.full((1, 4, 4), float(index)) for index in range(4)]
-    part = Dataset(data.latents, data.conditions, 0.0, masks, list("abcd")).subset([3, 1])
+    part = Dataset(data.latents, data.conditions, 0.0, masks=masks, prior_conditions=list("abcd")).subset([3, 1])
     assert [mask.max().item() for mask in part.masks] == [3, 1] and part.prior_conditions == ["d", "b"]
     assert len(part) == 2 and part.empty_condition == 0.0
     assert data.subset([0]).masks is None
