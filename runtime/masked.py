@@ -93,8 +93,7 @@ def sample_masks(latents: Sequence[dict]) -> list[Tensor | None]:
 
 def fitted(mask: Tensor | None, latent: Tensor, number: int, objective: ObjectiveConfig) -> Tensor:
     """The mask on the latent's grid; a sample without one counts fully."""
-    if mask is None:
-        mask = torch.ones(latent.shape[-2:])
+    mask = torch.ones(latent.shape[-2:]) if mask is None else mask.reshape(mask.shape[-2:])
     try:
         result = fit_mask(mask.detach().to(latent.device, copy=True).float(), latent)
     except ValueError as error:

@@ -83,7 +83,7 @@ def datasets_of(
                 "a dataset from Encode Dataset has its captions encoded already, so the text encoder cannot be trained "
                 "on it: disconnect text_encoder, or connect latents and positive in place of dataset"
             )
-        dataset, held_out = encoded_datasets(denoiser, data.encoded, data.validation_percent, reporter.say)
+        dataset, held_out = encoded_datasets(denoiser, data.encoded, data.validation_percent, reporter.say, objective)
         some = [dataset.latents[i] for i in range(0, len(dataset), -(-len(dataset) // CHECKED))]
         check_latents([denoiser.real.process_latent_out(latent[None])[0] for latent in some], some, reporter)
         return dataset, held_out

@@ -42,7 +42,7 @@ class LossTerms:
         if config.masked_loss != "off" and dataset.masks is None:
             raise ValueError(
                 f"masked_loss is {config.masked_loss!r}, but none of the latents has a mask: put Set Latent Noise Mask"
-                " behind VAE Encode, or use 'off'"
+                " behind VAE Encode, give the dataset's pictures masks, or use 'off'"
             )
         if self.kept != "nothing" and without_adapter is None:
             raise ValueError(
