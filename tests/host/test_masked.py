@@ -22,7 +22,7 @@ from tidetable.tests.host.test_training_run import cancel_at, equal
 from tidetable.tests.host.training_runs import LORA, dataset, quick_run
 from tidetable.training.adapter_settings import AdapterConfig
 from tidetable.training.config import TrainConfig
-from tidetable.training.data import step_generator
+from tidetable.training.data import row_noise, step_generator
 from tidetable.training.optimizers import OptimizerConfig
 from tidetable.training.recipe import ObjectiveConfig
 from tidetable.training.timesteps import sample_t
@@ -94,7 +94,7 @@ def test_the_first_loss_is_that_of_the_masked_part_of_the_networks_error(data):
         whole = denoiser.dataset(data.samples(), data.positive)
         order = torch.randperm(COUNT, generator=step_generator(3, 0, stream=1)).tolist()
         x0, generator = torch.stack([whole.latents[row] for row in order]), step_generator(3, 0)
-        eps = torch.randn(x0.shape, generator=generator)
+        eps = torch.stack([row_noise(x0[0], 3, 0, row) for row in range(COUNT)])
         t = sample_t(config, COUNT, True, denoiser.shift, generator)
         found = denoiser.predict(denoiser.process.mix(x0, eps, t), t, [whole.conditions[row] for row in order])
     error = (found - (eps - x0))[..., : x0.shape[-1] // 2].square().mean().item()
