@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..runtime.masked import one_objective
 from ..runtime.saving import FORMATS, save_lora_model, workflow_of
 from ..runtime.training import LoRAConfig, TrainConfig, train_lora
 from ..runtime.training_data import training_data
@@ -275,12 +276,12 @@ class TrainLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, validation_percent, latents=None, positive=None, empty=None, **settings) -> io.NodeOutput:
         # An optional input that is not connected is missing, or a list of one None.
+        settings["objective"] = one_objective(settings.get("objective"))
         single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
         names = ("adapter", "optimizer", "run", "preview", "text_encoder", "memory")
         nodes = {name: single.pop(name, None) for name in names}
-        lora_config = LoRAConfig(
-            **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
-        )
+        plain = {name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}
+        lora_config = LoRAConfig(**plain, seed=single["seed"])
         data = training_data(latents, positive, empty, validation_percent[0], single.pop("dataset", None))
         result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, **nodes)
         return io.NodeOutput(result.model, result.lora, result.loss_map, result.clip, ui=result.ui)

@@ -121,6 +121,12 @@ class LiveText:
         return ParameterGroup(self.network.trainable(), self.encoder.config.learning_rate)
 
     @contextmanager
+    def without(self, network: AdapterNetwork) -> Iterator[None]:
+        """The model's adapters and these switched off, for a forward pass."""
+        with network.disabled(), self.network.disabled():
+            yield
+
+    @contextmanager
     def installed(self) -> Iterator[None]:
         """Captions in place of conditionings, and adapters on, until the end.
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import comfy.model_management
 import comfy.model_patcher
@@ -79,6 +80,7 @@ def train_lora(
     """
     config = with_optimizer(config, optimizer)
     samples = data.samples()
+    objective = config.objective  # with its prompt, which is data
     model, config = prepare(model, config)
     reporter = TrainingReporter(config.steps, node_id)
     needed = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
@@ -88,10 +90,11 @@ def train_lora(
     with training_session(model, needed, beside) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
         text = LiveText(encoder, denoiser, lora_config.seed, adapter) if encoder else None
-        dataset, held_out = datasets_of(denoiser, data, samples, reporter, text)
+        dataset, held_out = datasets_of(denoiser, data, samples, reporter, text, objective)
         seen = seen_in_flow(denoiser, config.objective)
         groups = [text.group()] if text else []
-        trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run), groups)
+        off = network.disabled if text is None else partial(text.without, network)
+        trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run), groups, off)
         trainer.adapter = network
         others = {"adapter": asdict(adapter)} if adapter else {}
         others |= {"text_encoder": text.identity()} if text else {}

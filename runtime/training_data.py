@@ -7,13 +7,16 @@ from torch import Tensor
 
 from ..training.data import Dataset
 from ..training.dataset.encoded import EncodedDataset
+from ..training.recipe import ObjectiveConfig
 from .encoded import encoded_datasets, largest_latent
+from .masked import with_masks_and_prior
 from .preflight import check_latents
 from .progress import TrainingReporter
 from .text_encoder import LiveText
 from .trainable import ComfyDenoiser
 
 
+NATIVE = ObjectiveConfig()
 CHECKED = 64
 """Samples of an encoded data set whose statistics are looked at before training."""
 
@@ -71,6 +74,7 @@ def datasets_of(
     samples: Sequence[Tensor],
     reporter: TrainingReporter,
     text: LiveText | None = None,
+    objective: ObjectiveConfig = NATIVE,
 ) -> tuple[Dataset, Dataset | None]:
     """(to train on, held out or None), in memory or read from a cache while training. `text` encodes captions live."""
     if data.encoded is not None:
@@ -79,7 +83,7 @@ def datasets_of(
                 "a dataset from Encode Dataset has its captions encoded already, so the text encoder cannot be trained "
                 "on it: disconnect text_encoder, or connect latents and positive in place of dataset"
             )
-        dataset, held_out = encoded_datasets(denoiser, data.encoded, data.validation_percent, reporter.say)
+        dataset, held_out = encoded_datasets(denoiser, data.encoded, data.validation_percent, reporter.say, objective)
         some = [dataset.latents[i] for i in range(0, len(dataset), -(-len(dataset) // CHECKED))]
         check_latents([denoiser.real.process_latent_out(latent[None])[0] for latent in some], some, reporter)
         return dataset, held_out
@@ -87,6 +91,7 @@ def datasets_of(
     check_latents(samples, dataset.latents, reporter)
     if text is not None:
         dataset = text.dataset(dataset, data.positive, data.negative)
+    dataset = with_masks_and_prior(denoiser, dataset, data.latents, data.negative, objective)
     return split_held_out(dataset, data.validation_percent)
 
 
@@ -98,9 +103,4 @@ def split_held_out(dataset: Dataset, percent: int) -> tuple[Dataset, Dataset | N
     if count == 0:
         return dataset, None
     held = {(2 * k + 1) * len(dataset) // (2 * count) for k in range(count)}
-    parts = ([i for i in range(len(dataset)) if i not in held], sorted(held))
-    pick = [
-        Dataset([dataset.latents[i] for i in rows], [dataset.conditions[i] for i in rows], dataset.empty_condition)
-        for rows in parts
-    ]
-    return pick[0], pick[1]
+    return dataset.subset([i for i in range(len(dataset)) if i not in held]), dataset.subset(sorted(held))

@@ -80,6 +80,8 @@ def fingerprint(denoiser: ComfyDenoiser, trainer: Trainer, lora_config: LoRAConf
             found[f"{name}.latents"] = digest(data.latents)
             found[f"{name}.conditions"] = digest(data.conditions)
             found[f"{name}.empty"] = digest(data.empty_condition)
+            found[f"{name}.masks"] = digest(data.masks)
+            found[f"{name}.prior"] = digest(data.prior_conditions)
     for name, settings in {"train": asdict(trainer.config), "lora": asdict(lora_config), **others}.items():
         found.update(_flat(name, settings))
     return {name: value for name, value in found.items() if name not in {f"train.{free}" for free in FREE_TO_CHANGE}}

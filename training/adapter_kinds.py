@@ -6,7 +6,7 @@ The *bypass* form used in training leaves the layer alone and changes its output
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -235,7 +235,7 @@ class AdapterNetwork:
         adapters: Mapping[str, Adapter] | None = None,
     ):
         generator = torch.Generator().manual_seed(config.seed)
-        self.config, self.layers = config, dict(layers)
+        self.config, self.layers, self.enabled = config, dict(layers), True
         if adapters is not None:
             self.adapters = {name: adapter.to(device) for name, adapter in adapters.items()}
             return
@@ -254,8 +254,22 @@ class AdapterNetwork:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Forward hooks on the layers, removed at the end whatever happens."""
-        with hooked([(layer, _bypass(self.adapters[name])) for name, layer in self.layers.items()]):
+        hooks = [(layer, self._hook(self.adapters[name])) for name, layer in self.layers.items()]
+        with hooked(hooks):
             yield
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switched off, for a forward pass of the network as it is without them."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def _hook(self, adapter: Adapter) -> Callable[[Any, tuple, Tensor], Tensor]:
+        hook = _bypass(adapter)
+        return lambda layer, args, output: hook(layer, args, output) if self.enabled else output
 
     @contextmanager
     def dropout(self, step: int) -> Iterator[None]:

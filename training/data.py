@@ -1,7 +1,7 @@
 """Samples, in memory or read one by one, and their order: a function of (seed, step), so that a run can resume."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class Dataset:
     """What the samples of a batch must have in common, one for each; None: the shape of the latent, read from it."""
     identity: str = ""
     """A name for all of it, for data that is not read as a whole to compare runs; empty where it is."""
+    masks: Sequence[Tensor] | None = None
+    """[1, ..., h, w] of each latent: 1 where it is learned, see `training.masked`."""
+    prior_conditions: Sequence[Condition] | None = None
+    """For each latent the condition on which the adapter shall change nothing, see `training.prior`."""
 
     def __post_init__(self):
         if len(self.latents) == 0:
@@ -34,6 +38,17 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def subset(self, rows: Sequence[int]) -> "Dataset":
+        """These samples, in this order, of a data set in memory."""
+        parts = {name: getattr(self, name) for name in ("latents", "conditions", "masks", "prior_conditions")}
+        return replace(
+            self, **{name: None if part is None else [part[row] for row in rows] for name, part in parts.items()}
+        )
+
+    def masks_of(self, rows: Sequence[int]) -> Tensor | None:
+        """[B, 1, ..., h, w], or None where no sample has a mask."""
+        return None if self.masks is None else torch.stack([self.masks[row] for row in rows])
 
     def condition(self, index: int, dropped: bool = False) -> Condition:
         """A sample's condition, or what stands for it where its caption is dropped."""

@@ -1,8 +1,8 @@
 """The training loop. It yields events and knows nothing of nodes, files or progress bars."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from .distributed import World, parts
 from .events import Event, StepDone
 from .guard import Guard
 from .noise import shape_noise, shapes_noise
-from .objective import loss_for_batch
 from .optim import MovingAverage, build_optimizer, learning_rate, rate_factors
 from .optimizers import ParameterGroup, set_training_mode
+from .prior import LossTerms
 from .protocols import TrainableDenoiser
 from .timesteps import draw_t, sample_t
 from .validation import validate
@@ -43,8 +43,11 @@ class Trainer:
         held_out: Dataset | None = None,
         guard: Guard | None = None,
         others: Sequence[ParameterGroup] = (),
+        without_adapter: Callable[[], AbstractContextManager] | None = None,
     ):
-        """`others` are trained with `parameters`, each at a rate of its own."""
+        """`others` are trained with `parameters`, each at a rate of its own. `without_adapter` switches all of them off
+        for the length of a forward pass, where they are adapters.
+        """
         if not parameters:
             raise ValueError("there is nothing to train: no parameter was given")
         if config.caption_dropout > 0 and dataset.empty_condition is None and dataset.empties is None:
@@ -66,7 +69,8 @@ class Trainer:
             )
         self.accumulate = config.optimizer.accumulate if config.optimizer else 1
         self.order = BatchOrder(dataset, config.batch_size * self.accumulate, config.seed)
-        self.loss = self.world.averaged(self._loss_of, self.parameters)
+        self.terms = LossTerms(denoiser, dataset, config.objective, without_adapter)
+        self.loss = self.world.averaged(self.terms, self.parameters)
         self.optimizer = build_optimizer(parameters, config, others)
         self.rate_factors = rate_factors(self.optimizer, config, others)
         ema_device = "cpu" if config.optimizer and config.optimizer.ema_device == "cpu" else None
@@ -217,14 +221,13 @@ class Trainer:
         total = torch.zeros((), device=x0.device)
         with dropout, self.denoiser.gradient_context():
             for part in parts(len(x0), self.config.batch_size // self.world.size):
-                loss = self.loss(x0[part], conditions[part], eps[part], t[part], seen[part]).sum() / len(x0)
-                if loss.requires_grad:
-                    loss.backward()
-                total = total + loss.detach()
+                batch = rows[share][part], x0[part], conditions[part], eps[part], t[part], seen[part]
+                for term in self.terms.names:
+                    loss = self.loss(term, *batch).sum() / len(x0)
+                    if loss.requires_grad:
+                        loss.backward()
+                    total = total + loss.detach()
         return self.world.mean(total)
-
-    def _loss_of(self, x0: Tensor, conditions: list, eps: Tensor, t: Tensor, seen: Tensor) -> Tensor:
-        return loss_for_batch(self.denoiser, x0, conditions, eps, t, self.config.objective, seen)
 
     def _draw_t(self, count: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         process, shift = self.denoiser.process, self.denoiser.shift
@@ -252,4 +255,5 @@ class Trainer:
         assert self.held_out is not None
         config = self.config
         with self.shown():
-            return validate(self.denoiser, self.held_out, config.batch_size, config.seed, self.step, self.world)
+            run = config.batch_size, config.seed, self.step, self.world, config.objective
+            return validate(self.denoiser, self.held_out, *run)
