@@ -17,6 +17,8 @@ from ..training.adapter_kinds import AdapterNetwork
 
 FIRST_FACTORS = (".lora_up.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")
 """One of these for each adapter of a file, whatever its kind."""
+TEXT = ("lora_te", "text_encoder")
+"""How the names begin of what belongs to the text encoder."""
 
 
 class LoRAModel(dict[str, Tensor]):

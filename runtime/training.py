@@ -96,7 +96,9 @@ def train_lora(
         logger.info("training %d adapters on %d samples", len(network.layers), len(dataset))
 
         def current() -> LoRAModel:
-            return to_lora_model(network, metadata(trainer, adapter or lora_config, denoiser, reporter))
+            return to_lora_model(
+                network, metadata(trainer, network.config if adapter else lora_config, denoiser, reporter)
+            )
 
         with network.installed():
             run_or_rescue(trainer, reporter, current, keeper)
