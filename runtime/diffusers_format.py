@@ -93,7 +93,7 @@ def to_diffusers(lora: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
             tensors[part.up] = rows if part.reorder is None else part.reorder(rows)
             tensors[part.down] = down.clone()
             ranks.setdefault(component, {})[part.module] = len(down)
-    settings = {f"{name}.{key}": value for name, own in ranks.items() for key, value in _settings(own).items()}
+    settings = {f"{name}.{key}": value for name, own in ranks.items() for key, value in _settings(name, own).items()}
     return tensors, json.dumps(settings)
 
 
@@ -104,15 +104,16 @@ def _text_part(layer: str) -> tuple[str, list[Part]] | None:
     if match is None or match["layer"] not in dotted:
         return None
     component = "text_encoder_2" if match["model"] == "2" else "text_encoder"
-    module = f"text_model.encoder.layers.{match['block']}.{dotted[match['layer']]}"
-    up, down = (f"{component}.{module}.lora_linear_layer.{side}.weight" for side in ("up", "down"))
+    module = f"encoder.layers.{match['block']}.{dotted[match['layer']]}"  # inside text_model in older transformers
+    up, down = (f"{component}.text_model.{module}.lora_linear_layer.{side}.weight" for side in ("up", "down"))
     return component, [Part(module, up, down, None, None)]
 
 
-def _settings(ranks: dict[str, int]) -> dict[str, Any]:
+def _settings(component: str, ranks: dict[str, int]) -> dict[str, Any]:
     """Fields of PEFT's LoraConfig. Its patterns are regular expressions on the end of a name: ^ makes them whole."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {f"^{module}": own for module, own in ranks.items() if own != rank}
+    start = "" if component.startswith("text_encoder") else "^"
+    others = {f"{start}{module}": own for module, own in ranks.items() if own != rank}
     return {
         "r": rank,
         "lora_alpha": rank,
