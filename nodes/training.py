@@ -319,6 +319,7 @@ class SaveLoRA(io.ComfyNode):
                     "format",
                     options=list(FORMATS),
                     default="comfyui",
+                    optional=True,
                     tooltip=(
                         "Names of the layers in the file. comfyui: every LoRA loader of ComfyUI. diffusers: also"
                         " diffusers pipelines; LoRA only, and only for families whose names ComfyUI knows."
@@ -327,6 +328,7 @@ class SaveLoRA(io.ComfyNode):
                 io.Boolean.Input(
                     "include_workflow",
                     default=False,
+                    optional=True,
                     tooltip=(
                         "Put this graph with its captions and file names into the header, so that the file opens as a"
                         " workflow. Off: settings only. ComfyUI's --disable-metadata wins."

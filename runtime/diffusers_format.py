@@ -7,6 +7,7 @@ read; ComfyUI does not know the newer one. lora_alpha / rank is multiplied into 
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ MAPS: dict[type, tuple[str, Callable[..., dict]]] = {
 }
 """By exact class: FLUX.2, for one, is a Flux to ComfyUI and has other names in diffusers."""
 UNETS = (comfy.model_base.BaseModel, comfy.model_base.SDXL)
+TEXT_LAYER = re.compile(r"lora_te(?P<model>[12]?)_text_model_encoder_layers_(?P<block>\d+)_(?P<layer>\w+)$")
+"""CLIP's layers under kohya's names; diffusers has no LoRA for other text encoders."""
 NOT_LORA = {
     ".dora_scale": "DoRA scales by another norm in diffusers than in ComfyUI",
     ".hada_w1_a": "diffusers reads no LoHa",
@@ -80,22 +83,37 @@ def to_diffusers(lora: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         family = getattr(lora, "metadata", {}).get("ss_base_model_version", "an unknown family (not from Train LoRA)")
         raise ValueError(f"there is no map of diffusers' layer names for {family}: use format 'comfyui'")
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    ranks: dict[str, dict[str, int]] = {}
     for layer, up, down, scale in _adapters(lora):
-        if layer not in names.parts:
+        component, parts = _text_part(layer) or (names.prefix, names.parts.get(layer))
+        if parts is None:
             raise ValueError(f"diffusers has no name for the layer {layer}: use format 'comfyui', or do not train it")
-        for part in names.parts[layer]:
+        for part in parts:
             rows = up * scale if part.rows is None else up.narrow(0, *part.rows) * scale
             tensors[part.up] = rows if part.reorder is None else part.reorder(rows)
             tensors[part.down] = down.clone()
-            ranks[part.module] = len(down)
-    return tensors, json.dumps({f"{names.prefix}.{key}": value for key, value in _settings(ranks).items()})
+            ranks.setdefault(component, {})[part.module] = len(down)
+    settings = {f"{name}.{key}": value for name, own in ranks.items() for key, value in _settings(name, own).items()}
+    return tensors, json.dumps(settings)
 
 
-def _settings(ranks: dict[str, int]) -> dict[str, Any]:
+def _text_part(layer: str) -> tuple[str, list[Part]] | None:
+    """(text_encoder or text_encoder_2, what makes up the layer); None where the layer is not one of CLIP."""
+    match = TEXT_LAYER.match(layer)
+    dotted = {flat: name for name, flat in comfy.lora.LORA_CLIP_MAP.items()}
+    if match is None or match["layer"] not in dotted:
+        return None
+    component = "text_encoder_2" if match["model"] == "2" else "text_encoder"
+    module = f"encoder.layers.{match['block']}.{dotted[match['layer']]}"  # inside text_model in older transformers
+    up, down = (f"{component}.text_model.{module}.lora_linear_layer.{side}.weight" for side in ("up", "down"))
+    return component, [Part(module, up, down, None, None)]
+
+
+def _settings(component: str, ranks: dict[str, int]) -> dict[str, Any]:
     """Fields of PEFT's LoraConfig. Its patterns are regular expressions on the end of a name: ^ makes them whole."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {f"^{module}": own for module, own in ranks.items() if own != rank}
+    start = "" if component.startswith("text_encoder") else "^"
+    others = {f"{start}{module}": own for module, own in ranks.items() if own != rank}
     return {
         "r": rank,
         "lora_alpha": rank,
@@ -109,11 +127,9 @@ def _settings(ranks: dict[str, int]) -> dict[str, Any]:
 
 
 def _adapters(lora: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-    """(layer, up, down, scale) of a LORA_MODEL of ours that has nothing but LoRA on the denoiser."""
+    """(layer, up, down, scale) of a LORA_MODEL of ours that has nothing but LoRA."""
     for key in lora:
         reason = next((text for end, text in NOT_LORA.items() if key.endswith(end)), None)
-        if reason is None and not key.startswith("diffusion_model."):
-            reason = f"{key} belongs to a text encoder, which this format does not hold yet"
         if reason is not None:
             raise ValueError(f"this LoRA has no diffusers form ({reason}): use format 'comfyui'")
     for key, up in lora.items():

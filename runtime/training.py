@@ -22,7 +22,7 @@ from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.engine import Trainer
 from ..training.memory import MemoryConfig
 from ..training.optimizers import OptimizerConfig
-from .continuing import continued_network
+from .continuing import continued_network, without_text
 from .diffusers_format import diffusers_names
 from .gradients import memory_saving, require_right_gradients
 from .lora_keys import LoRAModel, apply_lora, apply_text_lora, to_lora_model
@@ -89,6 +89,8 @@ def train_lora(
     needed += encoder.memory(config.batch_size) if encoder else 0
     with training_session(model, needed, beside) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
+        if adapter is not None and adapter.continue_from and encoder is None:
+            without_text(adapter.continue_from)
         text = LiveText(encoder, denoiser, lora_config.seed, adapter) if encoder else None
         dataset, held_out = datasets_of(denoiser, data, samples, reporter, text, objective)
         seen = seen_in_flow(denoiser, config.objective)
@@ -104,7 +106,7 @@ def train_lora(
         logger.info("training %d adapters on %d samples", len(network.layers), len(dataset))
 
         def current() -> LoRAModel:
-            header = metadata(trainer, adapter or lora_config, denoiser, reporter)
+            header = metadata(trainer, network.config if adapter else lora_config, denoiser, reporter)
             return to_lora_model(network, header) if text is None else text.add_to(to_lora_model(network, header))
 
         with (

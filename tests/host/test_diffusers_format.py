@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from tidetable.nodes.training import SaveLoRA
 from tidetable.runtime import paths
-from tidetable.runtime.diffusers_format import diffusers_names
+from tidetable.runtime.diffusers_format import diffusers_names, to_diffusers
 from tidetable.runtime.lora_keys import to_lora_model
 from tidetable.runtime.saving import save_lora_model
 from tidetable.runtime.trainable import training_session
@@ -97,6 +97,36 @@ def test_the_header_is_what_peft_makes_its_settings_from():
     for module in modules:
         pattern = settings["transformer.rank_pattern"].get(f"^{module}", 4)
         assert pattern == ranks[f"transformer.{module}"] == settings["transformer.alpha_pattern"].get(f"^{module}", 4)
+
+
+def test_layers_of_clip_go_under_the_names_that_comfyui_knows_for_them():
+    """As SDXL names its two text encoders; ComfyUI's map reads nothing of them but the names of their weights."""
+    clip, layer = torch.nn.Module(), torch.nn.Linear(4, 4)
+    for model in ("clip_l", "clip_g"):
+        inner = clip
+        for name in (model, "transformer", "text_model", "encoder", "layers", "3", "self_attn"):
+            inner.add_module(name, torch.nn.Module())
+            inner = getattr(inner, name)
+        inner.add_module("q_proj", layer)
+    known = comfy.lora.model_lora_keys_clip(clip, {})
+    lora = random_lora(zoo("sd15"))
+    kohya = [f"lora_te{number}_text_model_encoder_layers_3_self_attn_q_proj" for number in (1, 2)]
+    for name in kohya:
+        up, down, alpha = torch.randn(4, 2), torch.randn(2, 4), torch.tensor(3.0)
+        lora |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": alpha}
+    tensors, header = to_diffusers(lora)
+    before = comfy.lora.load_lora(dict(lora), known, log_missing=False)
+    after = comfy.lora.load_lora(tensors, known, log_missing=False)
+    assert before.keys() == after.keys() == {known[name] for name in kohya}
+    for key in before:
+        first, second = (
+            comfy.lora.calculate_weight([(1.0, patches[key], 1.0, None, None)], torch.zeros(4, 4), key)
+            for patches in (before, after)
+        )
+        assert torch.allclose(first, second, atol=1e-6) and first.norm() > 0
+    settings = json.loads(header)
+    for name in ("text_encoder", "text_encoder_2"):
+        assert settings[f"{name}.r"] == settings[f"{name}.lora_alpha"] == 2
 
 
 @pytest.mark.parametrize("name", WITHOUT_MAP)
