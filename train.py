@@ -67,9 +67,15 @@ def start_comfyui(folder: Path, base_directory: Path | None, cpu: bool) -> None:
     if base_directory is not None:
         args.base_directory = str(base_directory.resolve())
     importlib.import_module("utils")  # as main.py does, before ComfyUI's comfy/ folder, which has a utils.py, is there
+    import folder_paths
     import nodes
     import server
+    from utils.extra_config import load_extra_path_config
 
+    extra = folder / "extra_model_paths.yaml"
+    if extra.is_file():
+        load_extra_path_config(str(extra))
+    folder_paths.add_model_folder_path("loras", str(Path(folder_paths.get_output_directory(), "loras")))
     loop = asyncio.new_event_loop()
     server.PromptServer(loop)
     loop.run_until_complete(nodes.init_builtin_extra_nodes())

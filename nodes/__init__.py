@@ -16,6 +16,7 @@ from . import (
     tiny,
     training,
     training_adapter,
+    training_job,
     training_objective,
     training_preview,
     training_run,
@@ -39,5 +40,6 @@ NODES: list[type[io.ComfyNode]] = [
     *training_run.NODES,
     *training_preview.NODES,
     *training_text.NODES,
+    *training_job.NODES,
     *tiny.NODES,
 ]

@@ -51,6 +51,7 @@ class TrainingPreview(io.ComfyNode):
                     default=_PREVIEW["seed"],
                     min=0,
                     max=MAX_SEED,
+                    control_after_generate=False,  # pictures of different noise cannot be compared
                     tooltip="Of the noise, the same for every picture and step. 0 is a seed like any other.",
                 ),
                 io.Int.Input(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -19,16 +20,15 @@ import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..schedules.validate import require_sigmas
 from ..training.config import _require
 from ..training.engine import Trainer
 from ..training.events import Event, StepDone
-from ..training.finished import finished_weights
 from .paths import as_output, previews_folder
-from .progress import TrainingReporter
+from .progress import SHOWN_SIZE, TrainingReporter
 from .trainable import ComfyDenoiser, training_flag
 
 
@@ -122,7 +122,7 @@ class Previewer:
     def draw(self, step: int) -> None:
         """One picture for each prompt, to files and to the page. One that fails costs a notice."""
         pictures = []
-        with finished_weights(self.trainer), undisturbed(self.trained.load_device):
+        with self.trainer.shown(averaged=True), undisturbed(self.trained.load_device):
             for number, positive in enumerate(self.positive, 1):
                 try:
                     picture = self.picture(self.sample(positive))
@@ -135,8 +135,10 @@ class Previewer:
                 else:
                     pictures.append(picture)
         comfy.model_management.soft_empty_cache()
+        if step >= self.trainer.config.steps:
+            pictures = [Image.open(path) for path in self.files()]
         if pictures:
-            self.reporter.show(sheet(pictures))
+            self.reporter.show(sheet(pictures, len(self.positive)))
 
     def sample(self, positive: list) -> Tensor:
         """What SamplerCustom does with the same inputs: a latent. A cancel is noticed by the model's next call."""
@@ -169,9 +171,13 @@ class Previewer:
         image = image.reshape(-1, *image.shape[-3:])[0]
         return Image.fromarray((image.float().cpu().numpy() * 255.0).clip(0, 255).astype(np.uint8))
 
+    def files(self) -> list[Path]:
+        """Every picture of the run, by step and prompt."""
+        return sorted(self.folder.glob("step*_prompt*.png"))
+
     def images(self) -> list[dict[str, str]]:
-        """Every picture of the run as the page shows images, by step and prompt."""
-        return [as_output(path) for path in sorted(self.folder.glob("step*_prompt*.png"))]
+        """The same as the page names images."""
+        return [as_output(path) for path in self.files()]
 
 
 def sampling_clone(patcher: ModelPatcher) -> ModelPatcher:
@@ -247,11 +253,13 @@ def own(value: Any) -> Any:
     return value
 
 
-def sheet(pictures: Sequence[Image.Image]) -> Image.Image:
-    """The pictures of one step in rows, as one for the page."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    width, height = (max(picture.size[side] for picture in pictures) for side in (0, 1))
-    whole = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height))
-    for place, picture in enumerate(pictures):
-        whole.paste(picture, (place % columns * width, place // columns * height))
+def sheet(pictures: Sequence[Image.Image], prompts: int) -> Image.Image:
+    """Pictures by step and prompt as one for the page: nearly square, with the prompts of a step side by side."""
+    columns = prompts * max(1, round(math.sqrt(len(pictures)) / prompts))
+    side = math.ceil(SHOWN_SIZE / columns)
+    cells = [ImageOps.contain(picture.convert("RGB"), (side, side)) for picture in pictures]
+    width, height = (max(cell.size[axis] for cell in cells) for axis in (0, 1))
+    whole = Image.new("RGB", (min(columns, len(cells)) * width, math.ceil(len(cells) / columns) * height))
+    for place, cell in enumerate(cells):
+        whole.paste(cell, (place % columns * width, place // columns * height))
     return whole

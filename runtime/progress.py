@@ -24,6 +24,7 @@ from .server import prompt_server
 logger = logging.getLogger(__name__)
 EVENT = "tidetable.train"
 SECONDS_BETWEEN_EVENTS = 0.2
+SECONDS_BETWEEN_LINES = 10
 SHOWN_SIZE = 768
 """Pixels of the longer side of a preview on the page."""
 
@@ -102,9 +103,14 @@ class TrainingReporter:
 
     def _send_step(self, event: StepDone) -> None:
         now = time.monotonic()
-        if now - self.last_sent < SECONDS_BETWEEN_EVENTS and event.step < event.steps:
+        pause = SECONDS_BETWEEN_EVENTS if self.node_id else SECONDS_BETWEEN_LINES
+        if now - self.last_sent < pause and event.step < event.steps:
             return
         self.last_sent = now
+        if self.node_id is None:  # a script: nobody sees a page
+            line = "step %d of %d, loss %.4f, %.3g steps/s, %.0f s left, %.1f GB"
+            pace = self.pace
+            logger.info(line, event.step, event.steps, pace.loss, pace.speed, pace.seconds_left, memory() / 1e9)
         self._send(
             {
                 "step": event.step,

@@ -105,6 +105,8 @@ class ComfyDenoiser:
         return torch.stack([row for row in out if row is not None])
 
     def _forward(self, x_t: Tensor, t: Tensor, conditions: Sequence[Row]) -> Tensor:
+        # One step may be many batches, and a validation many more: a cancel waits for one forward pass at most.
+        comfy.model_management.throw_exception_if_processing_interrupted()
         # ComfyUI's eps and v models live in the variance-exploding picture: x / alpha, and sigma / alpha as sigma.
         if isinstance(self.process, VP):
             sigma = self.process.ratio(t).float().to(x_t.device)

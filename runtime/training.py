@@ -24,7 +24,7 @@ from .continuing import continued_network
 from .diffusers_format import diffusers_names
 from .lora_keys import LoRAModel, apply_lora, apply_text_lora, to_lora_model
 from .objective import prepare, seen_in_flow
-from .paths import save_lora
+from .paths import rescue_folders, save_lora
 from .preflight import check_settings
 from .previews import PreviewConfig
 from .progress import TrainingReporter
@@ -152,12 +152,17 @@ def _rescue(trainer: Trainer, current: Callable[[], LoRAModel], keeper: RunKeepe
     except Exception as error:  # the LoRA is still to be saved, and the reason for the stop matters more
         logger.error("no checkpoint at step %d: %s", trainer.step, error)
     trainer.finish()
+    if trainer.world.rank > 0:
+        return
     lora = current()
-    try:
-        path = save_lora(lora, f"{RESCUE_PREFIX}_step{trainer.step}", lora.metadata)
-        logger.warning("training stopped at step %d of %d; saved %s", trainer.step, trainer.config.steps, path)
-    except ValueError as error:  # the reason for the stop matters more than this
-        logger.error("training stopped at step %d of %d; %s", trainer.step, trainer.config.steps, error)
+    for folder in rescue_folders():
+        try:
+            path = save_lora(lora, f"{RESCUE_PREFIX}_step{trainer.step}", lora.metadata, folder)
+        except ValueError as error:  # the reason for the stop matters more than this
+            logger.error("training stopped at step %d of %d; %s", trainer.step, trainer.config.steps, error)
+        else:
+            logger.warning("training stopped at step %d of %d; saved %s", trainer.step, trainer.config.steps, path)
+            return
 
 
 def metadata(

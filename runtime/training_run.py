@@ -86,20 +86,27 @@ def fingerprint(denoiser: ComfyDenoiser, trainer: Trainer, lora_config: LoRAConf
 
 
 class RunKeeper:
-    """Listens to the reporter: saves what is due, and goes on where the last run of the same kind was."""
+    """Listens to the reporter: saves what is due, and goes on where the last run of the same kind was.
+
+    Of several processes only the first saves; the others go on where it does, from the same folder.
+    """
 
     def __init__(self, config: RunConfig, trainer: Trainer, reporter: TrainingReporter, identity: dict[str, Any]):
         self.config, self.trainer, self.reporter, self.identity = config, trainer, reporter, identity
         self.log = log_file(config.log) if config.log else None
-        self.folder = self._find_folder()
-        self.lock = self._enter_folder()
-        try:
-            self._resume()
-        except BaseException:
-            self.close()
-            raise
+        self.leads = trainer.world.rank == 0
+        self.lock: RunLock | None = None
+        with trainer.world.first_before_others():
+            self.folder = self._find_folder()
+            try:
+                self.lock = self._enter_folder() if self.leads else None
+                self._resume()
+            except BaseException:
+                self.close()
+                raise
         self.last_saved, self.last_step = time.monotonic(), trainer.step
-        reporter.listeners.append(self)
+        if self.leads:
+            reporter.listeners.append(self)
 
     @property
     def name(self) -> str:
@@ -107,9 +114,11 @@ class RunKeeper:
 
     def close(self) -> None:
         """The run is over: the folder is free for another process. Safe to call twice."""
-        self.lock.release()
+        if self.lock is not None:
+            self.lock.release()
 
     def __call__(self, event: Event) -> None:
+        assert self.lock is not None
         self.lock.touch()
         self._write_log(event)
         if isinstance(event, StepDone) and self._is_due(event):
@@ -121,7 +130,7 @@ class RunKeeper:
         ValueError where another process has taken the run's folder meanwhile.
         """
         trainer = self.trainer
-        if trainer.step == self.last_step or not trainer.whole:
+        if self.lock is None or trainer.step == self.last_step or not trainer.whole:
             return
         self.lock.check()
         self.last_saved, self.last_step = time.monotonic(), trainer.step
@@ -134,6 +143,8 @@ class RunKeeper:
                 "the run goes on and tries again, and older checkpoints are still there"
             )
             self.reporter.say(text)
+        except TypeError as error:  # an optimizer of another package may keep what no file can hold
+            self.reporter.say(f"no checkpoint at step {trainer.step}: {error}. The run goes on without")
         else:
             logger.info("saved %s", path)
 

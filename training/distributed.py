@@ -5,6 +5,7 @@ that of all processes together. So the number of processes changes nothing but t
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -45,6 +46,17 @@ class World:
 
     def mean(self, value: Tensor) -> Tensor:
         return self.sum(value) / self.size if self.size > 1 else value
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """The first process does what is inside, then all others do."""
+        if self.size > 1 and self.rank > 0:
+            dist.barrier()
+        try:
+            yield
+        finally:
+            if self.size > 1 and self.rank == 0:
+                dist.barrier()
 
     def averaged(self, loss: Callable[..., Tensor], parameters: Sequence[Tensor]) -> "Averaged":
         return Averaged(loss, parameters, self)

@@ -106,17 +106,20 @@ class Trainer:
             self.average.copy_to_parameters()
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
-        """The weights as they are to be used, for a look at them; those of training come back bit for bit.
+    def shown(self, averaged: bool = False) -> Iterator[None]:
+        """The weights as they are to be used, for a look between two steps; those of training come back bit for bit.
 
-        Schedule-free optimizers keep other weights while training, and their way there and back rounds.
+        `averaged`: the moving average where there is one, as `finish` would leave them. Schedule-free optimizers keep
+        other weights while training, and their way there and back rounds.
         """
-        if self.finished or not callable(getattr(self.optimizer, "eval", None)):
+        if self.finished:
             yield
             return
         kept = clone(self.parameters)
         set_training_mode(self.optimizer, False)
         try:
+            if averaged and self.average is not None and self.average.updates:
+                self.average.copy_to_parameters()
             yield
         finally:
             set_training_mode(self.optimizer, True)

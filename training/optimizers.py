@@ -141,7 +141,13 @@ def make_optimizer(
         return _muon(groups, common, fused)
     found = find_class(config)
     known = inspect.signature(found).parameters
-    return found(groups, **{key: value for key, value in common.items() if key in known})
+    try:
+        return found(groups, **{key: value for key, value in common.items() if key in known})
+    except Exception as error:  # wrappers of another optimizer, or of a whole model, want other arguments
+        raise ValueError(
+            f"{found.__name__} cannot be made from parameters and a rate alone ({error}): choose an optimizer that "
+            "stands by itself, such as 'adamw', or 'Lion' of pytorch-optimizer"
+        ) from error
 
 
 def find_class(config: OptimizerConfig) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from comfy.model_management import InterruptProcessingException
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicScheduler, KSamplerSelect, SamplerCustom
 from PIL import Image
 
@@ -223,6 +224,20 @@ def test_runs_without_a_name_do_not_write_over_each_other(data, prompts):
     assert len(picture_files("training_00001")) == len(picture_files("training_00002")) == 4
 
 
+@pytest.mark.parametrize(
+    ("count", "prompts", "size"),
+    [(1, 1, (768, 576)), (2, 2, (768, 288)), (8, 2, (768, 1152)), (9, 1, (768, 576)), (2, 3, (512, 192))],
+)
+def test_the_sheet_has_every_picture_in_its_place(count, prompts, size):
+    colors = [(20 * index, 255 - 20 * index, 100) for index in range(count)]
+    whole = previews.sheet([Image.new("RGB", (128, 96), color) for color in colors], prompts)
+    assert whole.size == size
+    columns = prompts * max(1, round(count**0.5 / prompts))
+    width, height = 768 // columns, 576 // columns
+    for index, color in enumerate(colors):
+        assert whole.getpixel((index % columns * width + width // 2, index // columns * height + height // 2)) == color
+
+
 # ── memory ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -264,6 +279,18 @@ def test_what_left_in_place_protects_and_for_how_long(data):
             runs_out_of_memory()
         comfy.model_management.free_memory(1e30, device)
         assert fingerprint(model)["weights"] != patched, "and afterwards it is ComfyUI's again"
+
+
+def test_wrappers_draw_along_but_for_compiled_code(data, prompts):
+    """Code that torch.compile makes of a model with adapters could be used after the run, when they are gone."""
+    calls, model = [], tiny.load_tiny_model("mmdit-flow").clone()
+    for key in ("torch.compile", "other"):
+        model.add_wrapper_with_key(
+            WrappersMP.APPLY_MODEL, key, lambda run, *args, key=key, **more: calls.append(key) or run(*args, **more)
+        )
+    train(model, data, preview=made(model, prompts, every=[0]))
+    assert set(calls) == {"other"} and set(model.wrappers[WrappersMP.APPLY_MODEL]) == {"torch.compile", "other"}
+    assert WrappersMP.PREPARE_SAMPLING not in model.wrappers
 
 
 # ── cancel, failures ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tidetable.tests.training.solvable import PointDenoiser
-from tidetable.training.checkpoint import read_newest, write_checkpoint
+from tidetable.training.checkpoint import map_tensors, read_newest, write_checkpoint
 from tidetable.training.config import TrainConfig, with_optimizer
 from tidetable.training.data import Dataset
 from tidetable.training.engine import Trainer
@@ -15,10 +15,12 @@ from tidetable.training.optimizers import FOREIGN, OptimizerConfig
 
 WIDTH = 256
 """Numbers that are trained: a change of the last bit shows in one in twenty of them."""
-POINT = torch.linspace(-1, 1, WIDTH)[:, None, None].expand(WIDTH, 2, 2)
+WIDE = 8192
+"""bitsandbytes keeps the state of fewer than 4096 numbers in 32 bits."""
 CASES = {
     "adamw": {"name": "adamw"},
     "prodigy": {"name": "prodigy"},
+    "8 bit": {"name": "adamw_8bit"},
     "schedule-free": {"name": "schedule_free_adamw"},
     "schedule-free, averaged": {"name": "schedule_free_adamw", "ema_decay": 0.9, "ema_device": "cpu"},
     "schedule-free, accumulated": {"name": "schedule_free_adamw", "accumulate": 3},
@@ -39,11 +41,13 @@ def settings(request):
 
 def trainer(optimizer, validate_every=4, guard=True):
     denoiser = PointDenoiser()
-    denoiser.center = torch.nn.Parameter(torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)))
+    width = WIDE if optimizer.name == "adamw_8bit" else WIDTH
+    denoiser.center = torch.nn.Parameter(torch.randn(width, generator=torch.Generator().manual_seed(0)))
     rate = 1.0 if optimizer.name == "prodigy" else 0.01
     config = TrainConfig(steps=14, learning_rate=rate, batch_size=2, seed=1, validate_every=validate_every)
     watch = Guard(GuardConfig(snapshot_every=3)) if guard else None
-    data = [Dataset([POINT] * count, [1.0] * count) for count in (12, 3)]
+    point = torch.linspace(-1, 1, width)[:, None, None].expand(width, 2, 2)
+    data = [Dataset([point] * count, [1.0] * count) for count in (12, 3)]
     return Trainer(with_optimizer(config, optimizer), denoiser, list(denoiser.parameters()), *data, watch)
 
 
@@ -118,3 +122,32 @@ def test_what_is_used_of_a_schedule_free_run_is_its_average():
     run.optimizer.train()
     assert torch.allclose(run.denoiser.center, (1 - beta) * state["z"] + beta * x, atol=1e-6)
     assert events[-1].step == 14 and isinstance(events[-1], Validated)
+
+
+def test_an_8_bit_state_is_8_bits_in_the_checkpoint(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    run = trainer(OptimizerConfig(name="adamw_8bit", warmup=0))
+    cut(run, 2, StepDone)
+    write_checkpoint(tmp_path, 2, run.state(), 1)
+    found = []
+    map_tensors(read_newest(tmp_path)[0]["weights"]["optimizer"]["state"], lambda tensor: found.append(tensor))
+    assert sum(tensor.dtype == torch.uint8 and tensor.numel() == WIDE for tensor in found) == 2
+
+
+def test_what_is_shown_with_the_average_is_what_a_run_would_end_with(settings):
+    run, plain = trainer(settings, validate_every=0), trainer(settings, validate_every=0)
+    for each in (run, plain):
+        cut(each, 6, StepDone)
+    with run.shown(averaged=True):
+        shown = run.denoiser.center.detach().clone()
+    assert torch.equal(run.denoiser.center, plain.denoiser.center)
+    assert run._validate() == plain._validate(), "a later look is not taken for the end of the run"
+    plain.finish()
+    assert torch.equal(shown, plain.denoiser.center)
+
+
+@pytest.mark.parametrize("name", ["SAM", "Lookahead", "AdamMini", "Ranger21"])
+def test_an_optimizer_that_wants_more_than_parameters_is_refused(name):
+    pytest.importorskip("pytorch_optimizer")
+    with pytest.raises(ValueError, match=f"{name} cannot be made from parameters and a rate alone .* such as 'adamw'"):
+        trainer(OptimizerConfig(name="other", class_name=name, warmup=0))
