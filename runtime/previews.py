@@ -226,8 +226,8 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 def left_in_place(patchers: Sequence[ModelPatcher], device: torch.device) -> Iterator[None]:
     """Models can be loaded on `device` while these stay where they are; the new ones are moved away after.
 
-    """Models can be loaded on `device` while these stay where they are; the new ones are moved away after.
-    it may move.
+    Moved, their weights would not be those that training holds. ComfyUI has no other way to say so than its list of
+    what it may move.
     """
     movable = comfy.model_management.current_loaded_models
     models = {id(patcher.model) for patcher in patchers}
