@@ -224,10 +224,10 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def left_in_place(patchers: Sequence[ModelPatcher], device: torch.device) -> Iterator[None]:
-    """Models can be loaded on `device` without these being moved away for it; the new ones are moved away after.
+    """Models can be loaded on `device` while these stay where they are; the new ones are moved away after.
 
-    Moved, their weights would not be those that training holds. ComfyUI has no other way to say so than its list of what
-    it may move.
+    Moved, their weights would not be those that training holds. ComfyUI has no other way to say so than its list of
+    what it may move.
     """
     movable = comfy.model_management.current_loaded_models
     models = {id(patcher.model) for patcher in patchers}
