@@ -6,6 +6,7 @@ keeps its finished shards, and a damaged shard costs its own records only.
 """
 
 import json
+import math
 import mmap
 import os
 import uuid
@@ -23,6 +24,7 @@ from ..checkpoint import _pack, map_tensors
 
 
 HEADER = "tidetable_shard"
+HEADER_CHECKSUM = "tidetable_shard_crc32"
 PATTERN = "*.safetensors"
 SHARD_BYTES = 128 << 20
 """A shard is written when its records reach this."""
@@ -98,7 +100,8 @@ def write_shard(folder: Path, kind: str, records: Iterable[tuple[str, Any, Mappi
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as file:
-            file.write(save(tensors, metadata={HEADER: json.dumps({"kind": kind, "records": described})}))
+            text = json.dumps({"kind": kind, "records": described})
+            file.write(save(tensors, metadata={HEADER: text, HEADER_CHECKSUM: str(zlib.crc32(text.encode()))}))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -125,10 +128,10 @@ class Store:
     def refresh(self) -> None:
         """Read the headers anew."""
         self.places, self.damaged = {}, []
-        for path in sorted(self.folder.glob(PATTERN)):
+        for path in sorted(self.folder.glob(PATTERN), key=_age):
             try:
                 for key, place in _read_header(path):
-                    self.places.setdefault(key, place)
+                    self.places[key] = place  # the newest has the last word: it may be a repair
             except FileNotFoundError:
                 continue  # another process has set it aside just now
             except DamagedShardError as error:
@@ -191,6 +194,13 @@ def set_aside(path: Path) -> Path:
     return target
 
 
+def _age(path: Path) -> tuple[int, str]:
+    try:
+        return path.stat().st_mtime_ns, path.name
+    except FileNotFoundError:
+        return 0, path.name
+
+
 def _advise(shard: mmap.mmap, name: str) -> None:
     if hasattr(shard, "madvise") and hasattr(mmap, name):  # not on Windows, which trims a process's pages itself
         shard.madvise(getattr(mmap, name))
@@ -208,7 +218,10 @@ def _read_header(path: Path) -> Iterator[tuple[str, Place]]:
         end = max((value["data_offsets"][1] for value in layout.values()), default=0)
         if 8 + length + end != size:
             raise DamagedShardError(f"it has {size} bytes, but {8 + length + end} belong to it")
-        records = json.loads(header["__metadata__"][HEADER])["records"]
+        text = header["__metadata__"][HEADER]
+        if str(zlib.crc32(text.encode())) != header["__metadata__"][HEADER_CHECKSUM]:
+            raise DamagedShardError("its list of records does not match its checksum")
+        records = json.loads(text)["records"]
         where = {name: _where(value, 8 + length) for name, value in layout.items()}
         found = [
             (record["key"], Place(path, _located(record["value"], where), record["info"], record["checksum"]))
@@ -223,7 +236,10 @@ def _read_header(path: Path) -> Iterator[tuple[str, Place]]:
 
 def _where(described: Mapping[str, Any], start: int) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     first, last = described["data_offsets"]
-    return _DTYPES[described["dtype"]], tuple(described["shape"]), start + first, last - first
+    dtype, shape = _DTYPES[described["dtype"]], tuple(described["shape"])
+    if math.prod(shape) * dtype.itemsize != last - first:
+        raise DamagedShardError(f"a tensor {shape} of {dtype} cannot have {last - first} bytes")
+    return dtype, shape, start + first, last - first
 
 
 def _located(packed: Any, where: Mapping[str, tuple]) -> Any:
@@ -259,5 +275,6 @@ def _tensors(value: Any) -> list[Tensor]:
 def _checksum(tensors: Iterable[Tensor]) -> int:
     found = 0
     for tensor in tensors:
+        found = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), found)
         found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
     return found
