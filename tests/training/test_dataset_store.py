@@ -65,9 +65,10 @@ def test_one_read_touches_one_record(tmp_path):
     """The places of a record's tensors are its own bytes, no more: nothing else is decoded or copied."""
     fill(tmp_path, 10)
     store = Store(tmp_path)
-    spans = sorted((first, first + size) for place in store.places.values() for _, _, first, size in place.tensors())
+    leaves = [leaf for place in store.places.values() for leaf in place.tensors()]
+    spans = sorted((leaf.first, leaf.first + leaf.nbytes) for leaf in leaves)
     assert all(before[1] <= after[0] for before, after in pairwise(spans))
-    assert all(sum(size for *_, size in place.tensors()) == 4 * 256 + 4 * 8 + 2 * 5 for place in store.places.values())
+    assert sum(leaf.nbytes for leaf in leaves) == 10 * (4 * 256 + 4 * 8 + 2 * 5)
 
 
 def test_what_a_reader_does_to_a_record_does_not_reach_the_file(tmp_path):
