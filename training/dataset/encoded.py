@@ -113,7 +113,7 @@ class OpenedDataset:
 
 def shapes(place: Place) -> tuple[tuple[int, ...], ...]:
     """The shapes of a record's tensors, in their order; nothing is read."""
-    return tuple(shape for _, shape, _, _ in place.tensors())
+    return tuple(leaf.shape for leaf in place.tensors())
 
 
 def statistics_of(infos: Sequence[Any]) -> tuple[tuple[float, float], ...]:

@@ -6,11 +6,12 @@ keeps its finished shards, and a damaged shard costs its own records only.
 """
 
 import json
+import math
 import mmap
 import os
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..checkpoint import _pack, map_tensors
 
 
 HEADER = "tidetable_shard"
+HEADER_CHECKSUM = "tidetable_shard_crc32"
 PATTERN = "*.safetensors"
 SHARD_BYTES = 128 << 20
 """A shard is written when its records reach this."""
@@ -41,19 +43,35 @@ class DamagedShardError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Leaf:
+    """Where a tensor of a record is."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    first: int
+    """Its first byte in the file."""
+    strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a record is."""
 
     shard: Path
+    name: str
+    """The shard's: looked up at every read, which is slow with a Path."""
     value: Any
-    """The nest as `_pack` leaves it; each tensor is {"tensor": (dtype, shape, first byte, bytes)}."""
+    """The nest that was written, with leaves for tensors."""
+    nbytes: int
     info: Mapping[str, Any]
     checksum: int
 
-    def tensors(self) -> list[tuple[torch.dtype, tuple[int, ...], int, int]]:
-        found: list = []
-        _unpack(self.value, lambda where: found.append(where))
-        return found
+    def tensors(self) -> list[Leaf]:
+        return _leaves(self.value)
 
 
 class ShardWriter:
@@ -98,7 +116,8 @@ def write_shard(folder: Path, kind: str, records: Iterable[tuple[str, Any, Mappi
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with temporary.open("wb") as file:
-            file.write(save(tensors, metadata={HEADER: json.dumps({"kind": kind, "records": described})}))
+            text = json.dumps({"kind": kind, "records": described})
+            file.write(save(tensors, metadata={HEADER: text, HEADER_CHECKSUM: str(zlib.crc32(text.encode()))}))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -115,7 +134,7 @@ class Store:
         self.places: dict[str, Place] = {}
         self.damaged: list[tuple[Path, str]] = []
         """Shards that could not be opened, and why."""
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._shards: dict[str, _Shard] = {}
         self._read_bytes = 0
         self.refresh()
 
@@ -125,10 +144,10 @@ class Store:
     def refresh(self) -> None:
         """Read the headers anew."""
         self.places, self.damaged = {}, []
-        for path in sorted(self.folder.glob(PATTERN)):
+        for path in sorted(self.folder.glob(PATTERN), key=_age):
             try:
                 for key, place in _read_header(path):
-                    self.places.setdefault(key, place)
+                    self.places[key] = place  # the newest has the last word: it may be a repair
             except FileNotFoundError:
                 continue  # another process has set it aside just now
             except DamagedShardError as error:
@@ -137,8 +156,13 @@ class Store:
     def read(self, key: str) -> Any:
         """The nest under a key. KeyError where there is none; DamagedShardError where its shard is gone."""
         place = self.places[key]
-        shard = self._map(place.shard)
-        return _unpack(place.value, lambda where: self._view(shard, where))
+        shard = self._shards.get(place.name) or self._open(place)
+        self._read_bytes += place.nbytes
+        if self._read_bytes > RESIDENT_BYTES:
+            self._read_bytes = 0
+            for opened in self._shards.values():
+                _advise(opened.map, "MADV_DONTNEED")
+        return _build(place.value, shard.view)
 
     def is_whole(self, key: str) -> bool:
         """Whether the bytes are those that were written."""
@@ -151,37 +175,40 @@ class Store:
         self.places.pop(key, None)
 
     def close(self) -> None:
-        self._maps.clear()
+        self._shards.clear()
 
-    def _view(self, shard: mmap.mmap, where: tuple[torch.dtype, tuple[int, ...], int, int]) -> Tensor:
-        dtype, shape, first, size = where
-        if not size:
-            return torch.empty(shape, dtype=dtype)
-        self._read_bytes += size
-        if self._read_bytes > RESIDENT_BYTES:
-            self._release()
-        return torch.frombuffer(shard, dtype=dtype, count=size // dtype.itemsize, offset=first).reshape(shape)
-
-    def _map(self, path: Path) -> mmap.mmap:
-        found = self._maps.get(path)
-        if found is None:
-            if len(self._maps) >= OPEN_SHARDS:
-                del self._maps[next(iter(self._maps))]
-            try:
-                with path.open("rb") as file:  # a private copy on write: nothing that a reader does reaches the file
-                    found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except (OSError, ValueError) as error:
-                raise DamagedShardError(
-                    f"{path.name} could not be opened ({error}): encode the data set again"
-                ) from None
-            _advise(found, "MADV_RANDOM")  # else the system reads ahead, many times what is asked for
-            self._maps[path] = found
+    def _open(self, place: Place) -> "_Shard":
+        if len(self._shards) >= OPEN_SHARDS:
+            del self._shards[next(iter(self._shards))]
+        found = self._shards[place.name] = _Shard(place.shard)
         return found
 
-    def _release(self) -> None:
-        self._read_bytes = 0
-        for shard in self._maps.values():
-            _advise(shard, "MADV_DONTNEED")
+
+class _Shard:
+    """A memory map and views of it."""
+
+    def __init__(self, path: Path):
+        try:
+            with path.open("rb") as file:  # a private copy on write: nothing that a reader does reaches the file
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            text = f"{path.name} could not be opened ({error}): encode the data set again"
+            raise DamagedShardError(text) from None
+        _advise(self.map, "MADV_RANDOM")  # else the system reads ahead, many times what is asked for
+        self.bases: dict[torch.dtype, Tensor] = {}
+        """The whole file as each dtype that it has."""
+
+    def view(self, leaf: Leaf) -> Tensor:
+        base = self.bases.get(leaf.dtype)
+        if base is None:
+            base = self.bases[leaf.dtype] = torch.frombuffer(
+                self.map, dtype=leaf.dtype, count=len(self.map) // leaf.dtype.itemsize
+            )
+        size = base.element_size()
+        if leaf.first % size:  # safetensors aligns what it writes, but does not have to
+            count = math.prod(leaf.shape)
+            return torch.frombuffer(self.map, dtype=leaf.dtype, count=count, offset=leaf.first).reshape(leaf.shape)
+        return base.as_strided(leaf.shape, leaf.strides, leaf.first // size)
 
 
 def set_aside(path: Path) -> Path:
@@ -189,6 +216,13 @@ def set_aside(path: Path) -> Path:
     target = path.with_suffix(".damaged")
     path.rename(target)
     return target
+
+
+def _age(path: Path) -> tuple[int, str]:
+    try:
+        return path.stat().st_mtime_ns, path.name
+    except FileNotFoundError:
+        return 0, path.name
 
 
 def _advise(shard: mmap.mmap, name: str) -> None:
@@ -208,10 +242,13 @@ def _read_header(path: Path) -> Iterator[tuple[str, Place]]:
         end = max((value["data_offsets"][1] for value in layout.values()), default=0)
         if 8 + length + end != size:
             raise DamagedShardError(f"it has {size} bytes, but {8 + length + end} belong to it")
-        records = json.loads(header["__metadata__"][HEADER])["records"]
+        text = header["__metadata__"][HEADER]
+        if str(zlib.crc32(text.encode())) != header["__metadata__"][HEADER_CHECKSUM]:
+            raise DamagedShardError("its list of records does not match its checksum")
+        records = json.loads(text)["records"]
         where = {name: _where(value, 8 + length) for name, value in layout.items()}
         found = [
-            (record["key"], Place(path, _located(record["value"], where), record["info"], record["checksum"]))
+            (record["key"], _place(path, _located(record["value"], where), record["info"], record["checksum"]))
             for record in records
         ]
     except (DamagedShardError, FileNotFoundError):
@@ -221,33 +258,47 @@ def _read_header(path: Path) -> Iterator[tuple[str, Place]]:
     yield from found
 
 
-def _where(described: Mapping[str, Any], start: int) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+def _where(described: Mapping[str, Any], start: int) -> Leaf:
     first, last = described["data_offsets"]
-    return _DTYPES[described["dtype"]], tuple(described["shape"]), start + first, last - first
+    dtype, shape = _DTYPES[described["dtype"]], tuple(described["shape"])
+    if math.prod(shape) * dtype.itemsize != last - first:
+        raise DamagedShardError(f"a tensor {shape} of {dtype} cannot have {last - first} bytes")
+    strides = tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+    return Leaf(dtype, shape, start + first, strides)
 
 
-def _located(packed: Any, where: Mapping[str, tuple]) -> Any:
-    """What `_pack` made, with the tensors' places in place of their names."""
+def _located(packed: Any, where: Mapping[str, Leaf]) -> Any:
+    """The nest of which `_pack` made this, with leaves for tensors."""
     if not isinstance(packed, dict):
         return packed
     ((kind, content),) = packed.items()
     if kind == "tensor":
-        return {"tensor": where[content]}
+        return where[content]
     if kind == "dict":
-        return {"dict": [[key, _located(item, where)] for key, item in content]}
-    return {kind: [_located(item, where) for item in content]}
-
-
-def _unpack(value: Any, tensor_at: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensor_at(content)
-    if kind == "dict":
-        return {key: _unpack(item, tensor_at) for key, item in content}
-    items = [_unpack(item, tensor_at) for item in content]
+        return {key: _located(item, where) for key, item in content}
+    items = [_located(item, where) for item in content]
     return items if kind == "list" else tuple(items)
+
+
+def _place(path: Path, value: Any, info: Mapping[str, Any], checksum: int) -> Place:
+    return Place(path, path.name, value, sum(leaf.nbytes for leaf in _leaves(value)), info, checksum)
+
+
+def _leaves(value: Any) -> list[Leaf]:
+    found: list[Leaf] = []
+    _build(value, found.append)
+    return found
+
+
+def _build(value: Any, view: Callable[[Leaf], Any]) -> Any:
+    kind = type(value)
+    if kind is Leaf:
+        return view(value)
+    if kind is dict:
+        return {key: _build(item, view) for key, item in value.items()}
+    if kind is list:
+        return [_build(item, view) for item in value]
+    return tuple(_build(item, view) for item in value) if kind is tuple else value
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -259,5 +310,6 @@ def _tensors(value: Any) -> list[Tensor]:
 def _checksum(tensors: Iterable[Tensor]) -> int:
     found = 0
     for tensor in tensors:
+        found = zlib.crc32(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), found)
         found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, found)
     return found
