@@ -8,7 +8,7 @@ import comfy.ldm.modules.attention as host_attention
 from torch import nn
 
 from ..training.engine import Trainer
-from ..training.gradient_proof import prove_gradients
+from ..training.gradient_proof import COARSE_TOLERANCE, TOLERANCE, prove_gradients
 from ..training.memory import MemoryConfig
 from ..training.recompute import recomputed
 from .trainable import ComfyDenoiser
@@ -23,6 +23,7 @@ PROVEN_CLASSES = (
     "Chroma",
     "ChromaRadiance",
     "HunyuanVideo",
+    "LTXVModel",
     "QwenImageTransformer2DModel",
     "NextDiT",
     "OmniGen2Transformer2DModel",
@@ -49,10 +50,12 @@ def unproven(network: nn.Module) -> str:
 def require_right_gradients(denoiser: ComfyDenoiser, trainer: Trainer) -> None:
     """Prove them on the first batch where they are not known to be right. ValueError where they are wrong."""
     reason = unproven(denoiser.real.diffusion_model)
-    if not reason:
+    if not reason or trainer.step >= trainer.config.steps:
         return
+    real = denoiser.real
+    coarse = (real.manual_cast_dtype or real.get_dtype()).itemsize < 4
     try:
-        proof = prove_gradients(trainer)
+        proof = prove_gradients(trainer, COARSE_TOLERANCE if coarse else TOLERANCE)
     except RuntimeError as error:  # autograd's own: an operation without a backward pass, a tensor changed in place
         raise ValueError(_refusal(reason, str(error).split("\n")[0])) from error
     if not proof.holds:

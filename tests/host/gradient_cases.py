@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,28 +10,46 @@ from torch.utils._pytree import tree_leaves
 
 from tidetable.runtime.trainable import training_session
 from tidetable.tests.host.comparing import inference_copy
-from tidetable.tests.host.guidance_cases import CASES
-from tidetable.tests.host.guidance_families import build_case, prompt_for
+from tidetable.tests.host.guidance_cases import CASES, TEXT, Case
+from tidetable.tests.host.guidance_families import CASE_PARAMETERS, build_network
 from tidetable.tests.host.guidance_models import normal
 from tidetable.training.adapters import LoRANetwork, select_targets
 from tidetable.training.config import LoRAConfig
 from tidetable.training.objective import loss_for_batch
 
 
+LTXV = {
+    "image_model": "ltxv",
+    "in_channels": 128,
+    "cross_attention_dim": 96,
+    "attention_head_dim": 32,
+    "num_attention_heads": 3,
+    "caption_channels": 32,
+    "num_layers": 2,
+}
+_MASK = {"attention_mask": torch.ones(1, TEXT, dtype=torch.long)}
+NETWORKS = {**CASES, "ltxv": Case("LTXV", LTXV, (2, 128, 2, 4, 6), "", lambda network: [], _MASK)}
+PARAMETERS = [*CASE_PARAMETERS, pytest.param("ltxv")]
+
+
 def network_of(name, **network):
     """The family's MODEL, its weights inference tensors as ComfyUI's loaders make them."""
     with torch.inference_mode():
-        return inference_copy(build_case(name, **network))
+        return inference_copy(build_network(NETWORKS[name], **network))
 
 
 def samples_of(name, tiles=1):
     """Two latents of the family, `tiles` times as wide and as high as in its other tests."""
-    *others, height, width = CASES[name].latent
+    *others, height, width = NETWORKS[name].latent
     return normal(*others, tiles * height, tiles * width, seed=5)
 
 
 def prompts_of(name):
-    return [prompt_for(name, seed) for seed in (1, 2)]
+    options = NETWORKS[name].options
+    return [
+        [[normal(1, TEXT, 32, seed=seed), {"pooled_output": normal(1, 32, seed=seed + 100), **options}]]
+        for seed in (1, 2)
+    ]
 
 
 def adapters(denoiser, scale=0.1, targets="linear"):

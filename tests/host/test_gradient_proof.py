@@ -93,6 +93,14 @@ def test_the_proof_holds_for_every_kind_of_adapter(kind):
     assert train(model_of(forward=between_blocks(lambda x: x * 1.0)), adapter=adapter).lora
 
 
+def test_the_proof_holds_in_bfloat16(caplog):
+    model = model_of(forward=between_blocks(lambda x: x * 1.0))
+    model.set_model_compute_dtype(torch.bfloat16)
+    with caplog.at_level(logging.INFO):
+        assert train(model).lora
+    assert "slopes differs by" in caplog.text
+
+
 BAD = {
     "a wrong backward": (Wrong.apply, r"the worst of \d+ slopes differs by \d+ %"),
     "no backward": (torch.Tensor.detach, r"weights without a gradient \(\d+ tensors\) change the loss"),

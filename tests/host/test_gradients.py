@@ -6,9 +6,8 @@ import torch
 from tidetable.runtime.gradients import PROVEN_CLASSES, blocks_of, unproven
 from tidetable.runtime.lora_keys import apply_lora, to_lora_model
 from tidetable.tests.host.comparing import fingerprint
-from tidetable.tests.host.gradient_cases import PeakMemory, gradients, network_of, prepared
-from tidetable.tests.host.guidance_cases import CASES
-from tidetable.tests.host.guidance_families import CASE_PARAMETERS, is_there
+from tidetable.tests.host.gradient_cases import NETWORKS, PARAMETERS, PeakMemory, gradients, network_of, prepared
+from tidetable.tests.host.guidance_families import is_there
 from tidetable.training.recompute import recomputed
 
 
@@ -16,7 +15,7 @@ UNTRAINABLE = {"cosmos": "ModelSamplingCosmosRFlow"}
 """No native target here: the trainer refuses the sampling."""
 WITHOUT_BACKWARD = {"anima": "rms_rope_split_half"}
 """A fused kernel of ComfyUI's that has no backward pass, whatever `in_training` says."""
-CASES_HERE = [case for case in CASE_PARAMETERS if case.values[0] not in {**UNTRAINABLE, **WITHOUT_BACKWARD}]
+CASES_HERE = [case for case in PARAMETERS if case.values[0] not in {**UNTRAINABLE, **WITHOUT_BACKWARD}]
 _UNET = {"num_res_blocks": [2, 2], "transformer_depth": [1] * 4, "transformer_depth_output": [1] * 6}
 DEEP = {
     "sd15": _UNET,
@@ -32,6 +31,7 @@ DEEP = {
     "omnigen2": {"num_layers": 6},
     "wan": {"num_layers": 6},
     "krea2": {"layers": 6},
+    "ltxv": {"num_layers": 6},
 }
 
 
@@ -163,7 +163,7 @@ def test_no_attention_goes_past_the_differentiable_one(name, monkeypatch):
     assert not past
 
 
-@pytest.mark.parametrize("name", [case for case in CASE_PARAMETERS if case.values[0] in UNTRAINABLE])
+@pytest.mark.parametrize("name", [case for case in PARAMETERS if case.values[0] in UNTRAINABLE])
 def test_a_sampling_without_a_target_is_refused(name):
     with pytest.raises(ValueError, match="cannot be trained here"), prepared(name):
         pass
@@ -171,6 +171,8 @@ def test_a_sampling_without_a_target_is_refused(name):
 
 def test_every_class_that_is_claimed_is_tested():
     names = [case.values[0] for case in CASES_HERE]
-    found = {type(network_of(name).model.diffusion_model).__name__ for name in names if is_there(CASES[name])}
-    elsewhere = set() if all(is_there(CASES[name]) for name in names) else {"SingleStreamDiT"}  # Krea2: newer ComfyUI
+    found = {type(network_of(name).model.diffusion_model).__name__ for name in names if is_there(NETWORKS[name])}
+    elsewhere = (
+        set() if all(is_there(NETWORKS[name]) for name in names) else {"SingleStreamDiT"}
+    )  # Krea2: newer ComfyUI
     assert set(PROVEN_CLASSES) == found | elsewhere
