@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..runtime.live import serve_curves as serve_curves
 from . import (
+    dataset,
     guidance,
     model_sampling,
     official,
@@ -16,7 +17,9 @@ from . import (
     training,
     training_adapter,
     training_objective,
+    training_preview,
     training_run,
+    training_text,
 )
 
 
@@ -29,9 +32,12 @@ NODES: list[type[io.ComfyNode]] = [
     *samplers.NODES,
     *plots.NODES,
     *guidance.NODES,
+    *dataset.NODES,
     *training.NODES,
     *training_adapter.NODES,
     *training_objective.NODES,
     *training_run.NODES,
+    *training_preview.NODES,
+    *training_text.NODES,
     *tiny.NODES,
 ]

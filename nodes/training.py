@@ -3,10 +3,14 @@
 from comfy_api.latest import io
 
 from ..runtime.saving import FORMATS, save_lora_model, workflow_of
-from ..runtime.training import LoRAConfig, TrainConfig, TrainingData, train_lora
+from ..runtime.training import LoRAConfig, TrainConfig, train_lora
+from ..runtime.training_data import training_data
+from .dataset import EncodedData
 from .training_adapter import AdapterSettings, OptimizerSettings
 from .training_objective import ObjectiveSettings, TimestepDensitySettings
+from .training_preview import PreviewSettings
 from .training_run import RunSettings
+from .training_text import TextEncoderSettings
 
 
 _TRAIN, _LORA = TrainConfig(), LoRAConfig()
@@ -32,12 +36,17 @@ class TrainLoRA(io.ComfyNode):
                     tooltip="The model to train on, with any model sampling node applied. Its LoRAs stay active.",
                 ),
                 io.Latent.Input(
-                    "latents", tooltip="Latents of the training images (VAE Encode): one batch, or a list of batches."
+                    "latents",
+                    optional=True,
+                    tooltip="Latents of the training images (VAE Encode): one batch, or a list of batches. Not with "
+                    "dataset.",
                 ),
                 io.Conditioning.Input(
                     "positive",
+                    optional=True,
                     tooltip=(
                         "One conditioning per latent, in the same order (feed CLIP Text Encode a list), or one for all."
+                        " Not with dataset."
                     ),
                 ),
                 io.Int.Input(
@@ -221,6 +230,25 @@ class TrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="From Training Run: checkpoints, resuming, guard and log. Not connected: none of them.",
                 ),
+                PreviewSettings.Input(
+                    "preview",
+                    optional=True,
+                    tooltip="From Training Preview: pictures drawn while the run trains. Not connected: none.",
+                ),
+                TextEncoderSettings.Input(
+                    "text_encoder",
+                    optional=True,
+                    tooltip=(
+                        "From Text Encoder LoRA: trains the text encoder too, on its captions. Not connected: it is "
+                        "frozen."
+                    ),
+                ),
+                EncodedData.Input(
+                    "dataset",
+                    optional=True,
+                    tooltip="From Encode Dataset, in place of latents, positive and empty: any number of pictures, read"
+                    " from disk as they are needed.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -228,20 +256,28 @@ class TrainLoRA(io.ComfyNode):
                 ),
                 io.LoraModel.Output(display_name="LORA_MODEL"),
                 io.LossMap.Output(display_name="LOSS_MAP"),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip=(
+                        "The CLIP of Text Encoder LoRA with its LoRA at strength 1. Without text_encoder, nodes "
+                        "behind it do not run, and it says so."
+                    ),
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, model, latents, positive, validation_percent, empty=None, **settings) -> io.NodeOutput:
+    def execute(cls, model, validation_percent, latents=None, positive=None, empty=None, **settings) -> io.NodeOutput:
         # An optional input that is not connected is missing, or a list of one None.
         single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
-        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run")}
+        names = ("adapter", "optimizer", "run", "preview", "text_encoder")
+        nodes = {name: single.pop(name, None) for name in names}
         lora_config = LoRAConfig(
             **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
         )
-        data = TrainingData(latents, positive, empty[0] if empty else None, validation_percent[0])
+        data = training_data(latents, positive, empty, validation_percent[0], single.pop("dataset", None))
         result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, **nodes)
-        return io.NodeOutput(result.model, result.lora, result.loss_map)
+        return io.NodeOutput(result.model, result.lora, result.loss_map, result.clip, ui=result.ui)
 
 
 class SaveLoRA(io.ComfyNode):

@@ -1,6 +1,7 @@
 """Where files go, and how they get there: complete or not at all, and never over an older one."""
 
 import os
+from itertools import count
 from pathlib import Path
 
 import folder_paths
@@ -22,6 +23,35 @@ def loras_folder() -> Path:
 def runs_folder() -> Path:
     """Where runs keep their checkpoints, each in a folder of its own."""
     return Path(folder_paths.get_output_directory()) / "tidetable" / "runs"
+
+
+def tensorboard_folder(run: str) -> Path:
+    """Where TensorBoard's events of a run go, made."""
+    return _made("tensorboard", run)
+
+
+def previews_folder(run: str | None = None) -> Path:
+    """Where the pictures of a run go, made; without a run, a new folder."""
+    base = Path(folder_paths.get_output_directory()) / "tidetable" / "previews"
+    free = (f"training_{number:05}" for number in count(1))
+    return _made("previews", run or next(name for name in free if not (base / name).exists()))
+
+
+def _made(kind: str, run: str) -> Path:
+    folder = Path(folder_paths.get_output_directory()) / "tidetable" / kind / run
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"could not make {folder}: {error}. Free some space, or start ComfyUI with another --output-directory"
+        ) from error
+    return folder
+
+
+def as_output(path: Path) -> dict[str, str]:
+    """A file in the output folder as ComfyUI's page names images."""
+    place = path.parent.relative_to(folder_paths.get_output_directory())
+    return {"filename": path.name, "subfolder": str(place), "type": "output"}
 
 
 def log_file(name: str) -> Path:
@@ -59,4 +89,13 @@ def save_lora(tensors: dict[str, Tensor], prefix: str, metadata: dict[str, str])
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+    return path
+
+
+def cache_folder(name: str) -> Path:
+    """The folder of the cache of this name, below output/tidetable/cache. ValueError for a name that leaves it."""
+    base = (Path(folder_paths.get_output_directory()) / "tidetable" / "cache").resolve()
+    path = (base / name.strip()).resolve() if name.strip() and "\0" not in name and len(name) <= MAX_NAME else base
+    if base not in path.parents:
+        raise ValueError(f"{name[:40]!r} is not a name for a cache in {base}: use a plain name, or sub/name")
     return path

@@ -16,8 +16,10 @@ from ..training.config import LoRAConfig, _require
 from ..training.engine import Trainer
 from ..training.events import Event, Notice, StepDone
 from ..training.guard import Guard, GuardConfig
+from .board import require_tensorboard
 from .paths import log_file, runs_folder
-from .progress import TrainingReporter
+from .progress import TrainingReporter, finite
+from .run_lock import RunLock, is_held
 from .trainable import ComfyDenoiser
 
 
@@ -47,6 +49,8 @@ class RunConfig:
     """None is off."""
     log: str = ""
     """A JSON line for every step goes to this file under the output folder; "" is none."""
+    tensorboard: bool = False
+    """The same numbers for TensorBoard, which must be installed."""
 
     def __post_init__(self):
         for name in ("checkpoint_every_steps", "checkpoint_every_minutes"):
@@ -62,12 +66,17 @@ def fingerprint(denoiser: ComfyDenoiser, trainer: Trainer, lora_config: LoRAConf
         "model.prediction": denoiser.prediction,
         "model.process": denoiser.process.name,
         "model.shift": denoiser.shift,
-        "model.weights": digest([_sample(p) for _, p in sorted(denoiser.real.diffusion_model.named_parameters())]),
+        "model.weights": digest(
+            [sample_values(p) for _, p in sorted(denoiser.real.diffusion_model.named_parameters())]
+        ),
         "layers": digest([tuple(p.shape) for p in trainer.parameters]),
     }
     for name, data in (("data", trainer.dataset), ("held_out", trainer.held_out)):
         if data is not None:
             found[f"{name}.samples"] = len(data)
+            if data.identity:
+                found[f"{name}.identity"] = data.identity
+                continue
             found[f"{name}.latents"] = digest(data.latents)
             found[f"{name}.conditions"] = digest(data.conditions)
             found[f"{name}.empty"] = digest(data.empty_condition)
@@ -83,7 +92,12 @@ class RunKeeper:
         self.config, self.trainer, self.reporter, self.identity = config, trainer, reporter, identity
         self.log = log_file(config.log) if config.log else None
         self.folder = self._find_folder()
-        self._resume()
+        self.lock = self._enter_folder()
+        try:
+            self._resume()
+        except BaseException:
+            self.close()
+            raise
         self.last_saved, self.last_step = time.monotonic(), trainer.step
         reporter.listeners.append(self)
 
@@ -91,16 +105,25 @@ class RunKeeper:
     def name(self) -> str:
         return self.folder.name
 
+    def close(self) -> None:
+        """The run is over: the folder is free for another process. Safe to call twice."""
+        self.lock.release()
+
     def __call__(self, event: Event) -> None:
+        self.lock.touch()
         self._write_log(event)
         if isinstance(event, StepDone) and self._is_due(event):
             self.save()
 
     def save(self) -> None:
-        """A checkpoint of this moment. A disk that refuses it costs a warning, not the run."""
+        """A checkpoint of this moment. A disk that refuses it costs a warning, not the run.
+
+        ValueError where another process has taken the run's folder meanwhile.
+        """
         trainer = self.trainer
         if trainer.step == self.last_step or not trainer.whole:
             return
+        self.lock.check()
         self.last_saved, self.last_step = time.monotonic(), trainer.step
         state = {"identity": self.identity, "trainer": trainer.state(), "history": self.reporter.history(trainer.step)}
         try:
@@ -124,7 +147,7 @@ class RunKeeper:
         return late or (steps > 0 and event.step % steps == 0)
 
     def _find_folder(self) -> Path:
-        """The folder to go on in, made and tried: better to hear of a full disk now than at the first checkpoint."""
+        """The folder to go on in. With "off" a new one, where there is a run in the last one."""
         base = runs_folder()
         if self.config.resume not in ("auto", "off"):
             folder = base / self.config.resume
@@ -138,18 +161,21 @@ class RunKeeper:
             stem = f"{self.identity['model.family']}_{digest(self.identity)}"
             taken = [path for path in base.glob(f"{stem}*") if path.is_dir()]
             number = max((int(path.name.removeprefix(f"{stem}_") or 0) for path in taken), default=0)
-            new = not taken or (self.config.resume == "off" and bool(checkpoints(base / f"{stem}_{number}")))
+            last = base / f"{stem}_{number}"
+            new = not taken or (self.config.resume == "off" and (bool(checkpoints(last)) or is_held(last)))
             folder = base / f"{stem}_{number + new}"
+        return folder
+
+    def _enter_folder(self) -> RunLock:
+        """The folder made, locked and so tried: better to hear of a full disk now than at the first checkpoint."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "running").write_bytes(b"")
-            (folder / "running").unlink()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return RunLock(self.folder)
         except OSError as error:
             raise ValueError(
-                f"could not write checkpoints to {folder}: {error}. Free some space or start ComfyUI with another "
+                f"could not write checkpoints to {self.folder}: {error}. Free some space or start ComfyUI with another "
                 "--output-directory; without Training Run connected, training writes no checkpoints"
             ) from error
-        return folder
 
     def _resume(self) -> None:
         if self.config.resume == "off":
@@ -176,8 +202,8 @@ class RunKeeper:
     def _write_log(self, event: Event) -> None:
         if self.log is None:
             return
-        line = {"event": type(event).__name__, **asdict(event), "time": time.time()}
-        line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        more = self.reporter.more(event)
+        line = finite({"event": type(event).__name__, **asdict(event), **more, "time": time.time()})
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8") as file:
@@ -199,6 +225,8 @@ def run_config(
     )
     if settings["log"]:
         log_file(settings["log"])  # refused here rather than after the model is loaded
+    if settings["tensorboard"]:
+        require_tensorboard()
     return RunConfig(guard=watch if guard else None, **settings)
 
 
@@ -206,7 +234,7 @@ def guard_of(run: RunConfig | None) -> Guard | None:
     return Guard(run.guard) if run is not None and run.guard is not None else None
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
+def sample_values(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, len(flat) // SAMPLED_VALUES)][: SAMPLED_VALUES + 1]
 

@@ -1,6 +1,6 @@
-"""Samples in memory and the order in which they are visited: a function of (seed, step), so that a run can resume."""
+"""Samples, in memory or read one by one, and their order: a function of (seed, step), so that a run can resume."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,12 @@ class Dataset:
     conditions: Sequence[Condition]
     empty_condition: Condition | None = None
     """What caption dropout replaces a condition with."""
+    empties: Sequence[Condition] | None = None
+    """The same where each sample has its own; in place of `empty_condition`."""
+    keys: Sequence[Hashable] | None = None
+    """What the samples of a batch must have in common, one for each; None: the shape of the latent, read from it."""
+    identity: str = ""
+    """A name for all of it, for data that is not read as a whole to compare runs; empty where it is."""
 
     def __post_init__(self):
         if len(self.latents) == 0:
@@ -29,12 +35,18 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def condition(self, index: int, dropped: bool = False) -> Condition:
+        """A sample's condition, or what stands for it where its caption is dropped."""
+        if not dropped:
+            return self.conditions[index]
+        return self.empties[index] if self.empties is not None else self.empty_condition
+
     def groups(self) -> list[list[int]]:
-        """Indices of samples that can share a batch: those whose latents have one shape."""
-        by_shape: dict[torch.Size, list[int]] = {}
-        for index, latent in enumerate(self.latents):
-            by_shape.setdefault(latent.shape, []).append(index)
-        return list(by_shape.values())
+        """Indices of samples that can share a batch: those with one key."""
+        by_key: dict[Hashable, list[int]] = {}
+        for index, key in enumerate(self.keys or (latent.shape for latent in self.latents)):
+            by_key.setdefault(key, []).append(index)
+        return list(by_key.values())
 
 
 class BatchOrder:
@@ -66,7 +78,12 @@ class BatchOrder:
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """The randomness of one step (stream 0), one epoch's order (1) or the validation noise (2)."""
+    """The randomness of one step (stream 0), an epoch's order (1), validation noise (2), or a row's noise (3 on)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
     mixed ^= mixed >> 31
     return torch.Generator().manual_seed((mixed * 0xD6E8FEB86659FD93) % 2**63)
+
+
+def row_noise(like: Tensor, seed: int, step: int, row: int) -> Tensor:
+    """Standard normal noise of one row of a step's batch, drawn on the CPU: the same on every device."""
+    return torch.randn(like.shape, generator=step_generator(seed, step, stream=3 + row)).to(like)

@@ -1,21 +1,23 @@
 """The training loop. It yields events and knows nothing of nodes, files or progress bars."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapter_kinds import AdapterNetwork
+from .checkpoint import clone
 from .config import TrainConfig
-from .data import BatchOrder, Dataset, step_generator
+from .data import BatchOrder, Dataset, row_noise, step_generator
+from .distributed import World, parts
 from .events import Event, StepDone
 from .guard import Guard
-from .noise import shape_noise
+from .noise import shape_noise, shapes_noise
 from .objective import loss_for_batch
-from .optim import MovingAverage, build_optimizer, learning_rate
-from .optimizers import set_training_mode
+from .optim import MovingAverage, build_optimizer, learning_rate, rate_factors
+from .optimizers import ParameterGroup, set_training_mode
 from .protocols import TrainableDenoiser
 from .timesteps import draw_t, sample_t
 from .validation import validate
@@ -39,22 +41,33 @@ class Trainer:
         dataset: Dataset,
         held_out: Dataset | None = None,
         guard: Guard | None = None,
+        others: Sequence[ParameterGroup] = (),
     ):
+        """`others` are trained with `parameters`, each at a rate of its own."""
         if not parameters:
             raise ValueError("there is nothing to train: no parameter was given")
-        if config.caption_dropout > 0 and dataset.empty_condition is None:
+        if config.caption_dropout > 0 and dataset.empty_condition is None and dataset.empties is None:
             raise ValueError(
                 f"caption_dropout is {config.caption_dropout}, but no empty conditioning was given: connect one, or"
                 " use 0"
             )
         self.config = config
         self.denoiser = denoiser
-        self.parameters = list(parameters)
+        self.parameters = [*parameters, *(p for other in others for p in other.parameters)]
         self.dataset = dataset
         self.held_out = held_out
+        self.world = World.current()
+        self.world.share(config.batch_size)
+        if self.world.size > 1 and config.objective.ot_pairing:
+            raise ValueError(
+                f"ot_pairing needs the whole batch in one process, and there are {self.world.size}: switch it off, or "
+                "use one process"
+            )
         self.accumulate = config.optimizer.accumulate if config.optimizer else 1
         self.order = BatchOrder(dataset, config.batch_size * self.accumulate, config.seed)
-        self.optimizer = build_optimizer(self.parameters, config)
+        self.loss = self.world.averaged(self._loss_of, self.parameters)
+        self.optimizer = build_optimizer(parameters, config, others)
+        self.rate_factors = rate_factors(self.optimizer, config, others)
         ema_device = "cpu" if config.optimizer and config.optimizer.ema_device == "cpu" else None
         self.average = MovingAverage(self.parameters, config.ema_decay, ema_device) if config.ema_decay > 0 else None
         self.adapter: AdapterNetwork | None = None
@@ -63,6 +76,7 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.rate_scale = 1.0
+        self.finished = False
         self.whole = True
         """False for the moment in which an update is half made: `state` is then worth nothing."""
 
@@ -87,12 +101,32 @@ class Trainer:
     def finish(self) -> None:
         """Put the moving average in place of the last weights, where there is one. Safe to call twice."""
         set_training_mode(self.optimizer, False)
+        self.finished = True
         if self.average is not None and self.average.updates:
             self.average.copy_to_parameters()
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The weights as they are to be used, for a look at them; those of training come back bit for bit.
+
+        Schedule-free optimizers keep other weights while training, and their way there and back rounds.
+        """
+        if self.finished or not callable(getattr(self.optimizer, "eval", None)):
+            yield
+            return
+        kept = clone(self.parameters)
+        set_training_mode(self.optimizer, False)
+        try:
+            yield
+        finally:
+            set_training_mode(self.optimizer, True)
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(value)
+
     def weights(self) -> dict[str, Any]:
         """What an update changes: references to parameters, optimizer state and moving average."""
-        set_training_mode(self.optimizer, True)  # schedule-free optimizers keep other weights while validating
+        set_training_mode(self.optimizer, True)
         average = self.average and {"average": self.average.average, "updates": self.average.updates}
         return {"parameters": self.parameters, "optimizer": self.optimizer.state_dict(), "average": average}
 
@@ -130,8 +164,8 @@ class Trainer:
 
     def train_step(self) -> StepDone:
         rate = learning_rate(self.step, self.config) * self.rate_scale
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group, factor in zip(self.optimizer.param_groups, self.rate_factors, strict=True):
+            group["lr"] = rate * factor
         set_training_mode(self.optimizer, True)
         loss = self._forward_backward(step_generator(self.config.seed, self.step))
         norm = self._clip_gradients()
@@ -159,32 +193,39 @@ class Trainer:
         return StepDone(self.step, self.config.steps, loss.item(), rate, norm.item(), not healthy)
 
     def _forward_backward(self, generator: torch.Generator) -> Tensor:
+        """Gradients of a whole batch, and its mean loss; this process goes through its own share of the rows."""
         rows = self.order.indices(self.step)
-        x0 = torch.stack([self.dataset.latents[i] for i in rows])
-        eps = torch.randn(x0.shape, generator=generator).to(x0)
-        t = self.denoiser.snap(self._draw_t(x0, generator))
+        share = self.world.share(len(rows))
+        x0 = torch.stack([self.dataset.latents[i] for i in rows[share]])
+        objective = self.config.objective
+        # Each row's noise is a function of (seed, step, row), so that a process draws its own rows only.
+        drawn = range(len(rows)) if shapes_noise(objective) else range(len(rows))[share]
+        eps = torch.stack([row_noise(x0[0], self.config.seed, self.step, row) for row in drawn])
+        t = self.denoiser.snap(self._draw_t(len(rows), x0.shape[1:], generator))[share]
         keep = torch.rand(len(rows), generator=generator) >= self.config.caption_dropout
         conditions = [
-            self.dataset.conditions[i] if kept else self.dataset.empty_condition
-            for i, kept in zip(rows, keep.tolist(), strict=True)
+            self.dataset.condition(i, not kept) for i, kept in zip(rows[share], keep[share].tolist(), strict=True)
         ]
-        objective = self.config.objective
         eps, seen = shape_noise(eps, x0, objective, generator)
+        if len(eps) > len(x0):
+            eps, seen = eps[share], seen[share]
         dropout = nullcontext() if self.adapter is None else self.adapter.dropout(self.step)
-        total, size = torch.zeros((), device=x0.device), self.config.batch_size
+        total = torch.zeros((), device=x0.device)
         with dropout, self.denoiser.gradient_context():
-            for part in (slice(first, first + size) for first in range(0, len(x0), size)):
-                batch = x0[part], conditions[part], eps[part], t[part]
-                loss = loss_for_batch(self.denoiser, *batch, objective, seen[part]).sum() / len(x0)
+            for part in parts(len(x0), self.config.batch_size // self.world.size):
+                loss = self.loss(x0[part], conditions[part], eps[part], t[part], seen[part]).sum() / len(x0)
                 loss.backward()
                 total = total + loss.detach()
-        return total
+        return self.world.mean(total)
 
-    def _draw_t(self, x0: Tensor, generator: torch.Generator) -> Tensor:
+    def _loss_of(self, x0: Tensor, conditions: list, eps: Tensor, t: Tensor, seen: Tensor) -> Tensor:
+        return loss_for_batch(self.denoiser, x0, conditions, eps, t, self.config.objective, seen)
+
+    def _draw_t(self, count: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         process, shift = self.denoiser.process, self.denoiser.shift
         if self.config.timestep_density is None:
-            return sample_t(self.config, len(x0), process.name == "flow", shift, generator)
-        return draw_t(self.config.timestep_density, len(x0), x0.shape[1:], process, shift, generator)
+            return sample_t(self.config, count, process.name == "flow", shift, generator)
+        return draw_t(self.config.timestep_density, count, shape, process, shift, generator)
 
     def _clip_gradients(self) -> Tensor:
         limit = self.config.max_grad_norm or float("inf")
@@ -198,5 +239,6 @@ class Trainer:
 
     def _validate(self):
         assert self.held_out is not None
-        set_training_mode(self.optimizer, False)
-        return validate(self.denoiser, self.held_out, self.config.batch_size, self.config.seed, self.step)
+        config = self.config
+        with self.shown():
+            return validate(self.denoiser, self.held_out, config.batch_size, config.seed, self.step, self.world)

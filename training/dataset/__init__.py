@@ -1,0 +1,1 @@
+"""From a folder of pictures to samples that training reads: scan, captions, buckets, and a cache on disk."""
