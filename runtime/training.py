@@ -106,7 +106,8 @@ def train_lora(
         logger.info("training %d adapters on %d samples", len(network.layers), len(dataset))
 
         def current() -> LoRAModel:
-            header = metadata(trainer, network.config if adapter else lora_config, denoiser, reporter)
+            settings = network.config if adapter else lora_config
+            header = metadata(trainer, settings, denoiser, reporter)
             return to_lora_model(network, header) if text is None else text.add_to(to_lora_model(network, header))
 
         with (
