@@ -58,7 +58,7 @@ def _network(
     config: AdapterConfig,
     device: torch.device,
 ) -> AdapterNetwork:
-    modules = dict(network.named_modules())
+    modules: dict[str, Any] = dict(network.named_modules())
     adapters: dict[str, Adapter] = {}
     with torch.inference_mode(False):
         patches: dict[Any, Any] = comfy.lora.load_lora(

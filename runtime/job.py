@@ -1,4 +1,4 @@
-"""A training run as a folder that `train.py` runs without the page: settings, the model's graph, the encoded data set."""
+"""A training run as a folder that `train.py` runs without the page: settings, the model's graph, and the data set."""
 
 import json
 import logging
@@ -17,7 +17,6 @@ from ..training.adapter_settings import AdapterConfig
 from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.dataset.encoded import EncodedDataset, EncodedPicture
 from ..training.distributed import World
-from ..training.optimizers import OptimizerConfig
 from ..training.settings_text import from_toml, to_toml
 from .headless import model_of, upstream
 from .saving import save_lora_model

@@ -26,8 +26,8 @@ MAY_IMPORT = {
 }
 SCIENCE = {"torch", "numpy", "PIL", "safetensors", "einops", "scipy"}
 HOST = {
-    "comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "node_helpers", "nodes",
-    "server",
+    "comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview",
+    "node_helpers", "nodes", "server",
 }  # fmt: skip
 MAY_USE = {
     "": {"comfy_api"},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_settings import AdapterConfig
-from .adapters import _is_linear, add_product, hooked
+from .adapters import _is_linear, hooked
 from .data import step_generator
 
 
@@ -71,6 +71,21 @@ class Adapter(nn.Module):
 
     def _masked(self, factor: Tensor) -> Tensor:
         return factor if self.mask is None else factor * self.mask.to(factor).reshape(-1, *[1] * (factor.ndim - 1))
+
+
+def add_product(
+    output: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float, convolution: dict[str, Any] | None
+) -> Tensor:
+    """output + scale · up(down(x)), with sum and scale in the pass that needs them anyway; in x's dtype."""
+    up, down = up.to(x.dtype), down.to(x.dtype)
+    if convolution is not None:
+        term = nn.functional.conv2d(nn.functional.conv2d(x, down, **convolution), up)
+    elif output.dtype == x.dtype:
+        inner = nn.functional.linear(x, down).reshape(-1, down.shape[0])
+        return torch.addmm(output.reshape(-1, up.shape[0]), inner, up.t(), alpha=scale).view(output.shape)
+    else:
+        term = nn.functional.linear(nn.functional.linear(x, down), up)
+    return torch.add(output, term, alpha=scale)
 
 
 class LowRank(Adapter):

@@ -37,21 +37,6 @@ def select_targets(modules: Mapping[str, nn.Module], preset: Targets) -> dict[st
     return chosen
 
 
-def add_product(
-    output: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float, convolution: dict[str, Any] | None
-) -> Tensor:
-    """output + scale · up(down(x)), with sum and scale in the pass that needs them anyway; in x's dtype."""
-    up, down = up.to(x.dtype), down.to(x.dtype)
-    if convolution is not None:
-        term = nn.functional.conv2d(nn.functional.conv2d(x, down, **convolution), up)
-    elif output.dtype == x.dtype:
-        inner = nn.functional.linear(x, down).reshape(-1, down.shape[0])
-        return torch.addmm(output.reshape(-1, up.shape[0]), inner, up.t(), alpha=scale).view(output.shape)
-    else:
-        term = nn.functional.linear(nn.functional.linear(x, down), up)
-    return torch.add(output, term, alpha=scale)
-
-
 @contextmanager
 def hooked(hooks: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
     """Forward hooks on modules, removed at the end whatever happens."""

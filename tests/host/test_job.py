@@ -70,7 +70,12 @@ def run(job: Path, processes: int = 1) -> str:
     """All that the processes said."""
     environment = {**os.environ, "COMFYUI_PATH": str(loading.comfyui_path())}
     done = subprocess.run(
-        command(job, processes), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+        command(job, processes),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
     )
     return f"{done.stdout}\nexit {done.returncode}"
 
