@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
 import comfy.model_management
@@ -23,7 +23,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tidetable.runtime.progress import TrainingReporter
 from tidetable.runtime.trainable import ComfyDenoiser, training_session
 from tidetable.runtime.training import TrainingData, run_or_rescue, train_lora
-from tidetable.training.adapters import LoRA, LoRANetwork, hooked, select_targets
+from tidetable.training.adapter_kinds import AdapterNetwork, LowRank
+from tidetable.training.adapter_settings import AdapterConfig
+from tidetable.training.adapters import hooked, select_targets
 from tidetable.training.config import LoRAConfig, TrainConfig
 from tidetable.training.engine import Trainer
 from tidetable.training.recipe import ObjectiveConfig
@@ -71,11 +73,11 @@ class Steps:
             self.kept.append({p.data_ptr(): (p.detach().clone(), p.grad.clone()) for p in parameters})
 
 
-class WholeNetwork(LoRANetwork):
+class WholeNetwork(AdapterNetwork):
     """Low-rank pairs on every linear layer and convolution, and every norm and bias beside them."""
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device):
-        super().__init__(select_targets(modules, "linear_conv"), LORA, device)
+        super().__init__(select_targets(modules, "linear_conv"), AdapterConfig(**asdict(LORA)), device)
         for adapter in self.adapters.values():
             self._to_full_rank(adapter)
         self.copies: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
@@ -120,7 +122,7 @@ class WholeNetwork(LoRANetwork):
                 setattr(module, name, old)
 
     @staticmethod
-    def _to_full_rank(adapter: LoRA) -> None:
+    def _to_full_rank(adapter: LowRank) -> None:
         """ComfyUI's node gives a layer with 3 outputs rank 16 too."""
         down, up = adapter.down.detach(), adapter.up.detach()
         missing = RANK - len(down)
