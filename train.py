@@ -1,4 +1,4 @@
-"""Train what Export Job wrote, without the page: on this machine, on all its GPUs, or on several machines.
+"""Train what Export Training Job wrote, without the page: on this machine, on all its GPUs, or on several machines.
 
     python train.py job.toml                                     one process
     torchrun --nproc-per-node 8 train.py job.toml                one process for each GPU
@@ -14,6 +14,7 @@ import asyncio
 import importlib
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -32,10 +33,17 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     if not options.job.is_file():
-        sys.exit(f"there is no job file {options.job}: write one with the node Export Job")
+        sys.exit(f"there is no job file {options.job}: write one with the node Export Training Job")
+    signal.signal(signal.SIGTERM, stop)  # torchrun sends it when another process has failed
     own_gpu()
     start_comfyui(comfyui_folder(), options.base_directory, options.cpu)
     importlib.import_module(f"{package()}.runtime.job").run_file(options.job)
+
+
+def stop(number: int, frame: object) -> None:
+    """Ends the run as an error does: what was learned is saved first."""
+    del frame
+    sys.exit(f"stopped by signal {number}")
 
 
 def comfyui_folder() -> Path:

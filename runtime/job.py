@@ -28,7 +28,7 @@ from .training_run import RunConfig
 logger = logging.getLogger(__name__)
 PATIENCE = timedelta(seconds=45)
 """How long a process waits for the others before it gives up."""
-COMMENT = """A training run of ComfyUI-Tidetable, written by the node Export Job. Run it with
+COMMENT = """A training run of ComfyUI-Tidetable, written by the node Export Training Job. Run it with
 
     python train.py job.toml
     torchrun --nproc-per-node 8 train.py job.toml

@@ -13,8 +13,9 @@ from tidetable.tests.host.comparing import inference_copy
 from tidetable.tests.host.guidance_cases import CASES, TEXT, Case
 from tidetable.tests.host.guidance_families import CASE_PARAMETERS, build_network
 from tidetable.tests.host.guidance_models import normal
-from tidetable.training.adapters import LoRANetwork, select_targets
-from tidetable.training.config import LoRAConfig
+from tidetable.training.adapter_kinds import AdapterNetwork
+from tidetable.training.adapter_settings import AdapterConfig
+from tidetable.training.adapters import select_targets
 from tidetable.training.objective import loss_for_batch
 
 
@@ -54,7 +55,7 @@ def prompts_of(name):
 
 def adapters(denoiser, scale=0.1, targets="linear"):
     layers = select_targets(dict(denoiser.real.diffusion_model.named_modules()), targets)
-    network = LoRANetwork(layers, LoRAConfig(rank=2, lora_alpha=2.0), denoiser.device)
+    network = AdapterNetwork(layers, AdapterConfig(rank=2, lora_alpha=2.0), denoiser.device)
     generator = torch.Generator().manual_seed(2)
     for adapter in network.adapters.values():
         adapter.up.data = scale * torch.randn(adapter.up.shape, generator=generator)

@@ -18,7 +18,7 @@ from devtools import loading
 from tidetable.runtime import tiny
 from tidetable.runtime.dataset import images_dataset
 from tidetable.runtime.encoding import encode_dataset
-from tidetable.runtime.job import export_job, read_job, run_job
+from tidetable.runtime.job import Job, export_job, read_job, run_job
 from tidetable.runtime.model_sampling import patch_flow_shift
 from tidetable.runtime.tiny_data import tiny_dataset
 from tidetable.runtime.training import train_lora
@@ -80,17 +80,21 @@ def run(job: Path, processes: int = 1) -> str:
     return f"{done.stdout}\nexit {done.returncode}"
 
 
+def in_the_node(job: Job, encoded) -> dict:
+    """What Train LoRA makes of the same settings, in this process."""
+    model = patch_flow_shift(tiny.load_tiny_model("mmdit-flow"), "shift", 2.5, 0.0, 256, 256)[0]
+    data = TrainingData(validation_percent=20, encoded=encoded)
+    with torch.inference_mode():
+        return train_lora(model, data, job.train, job.lora, adapter=job.adapter).lora
+
+
 def newest_lora() -> dict:
     folder = Path(folder_paths.get_output_directory()) / "loras" / "tidetable"
     return load_file(max(folder.glob("job*.safetensors")))
 
 
 def test_a_job_is_the_node_s_run_with_one_process_and_with_two(encoded):
-    model = patch_flow_shift(tiny.load_tiny_model("mmdit-flow"), "shift", 2.5, 0.0, 256, 256)[0]
-    job = read_job(export(encoded))
-    data = TrainingData(validation_percent=20, encoded=encoded)
-    with torch.inference_mode():
-        expected = train_lora(model, data, job.train, job.lora, adapter=job.adapter).lora
+    expected = in_the_node(read_job(export(encoded)), encoded)
     for processes in (1, 2):
         path = export(encoded, run=RunConfig(resume="off"))
         said = run(path, processes)
@@ -103,17 +107,15 @@ def test_a_job_is_the_node_s_run_with_one_process_and_with_two(encoded):
 
 def test_a_lost_process_stops_the_others_and_the_job_goes_on_with_another_number(encoded):
     """Killed in the middle, two processes leave a checkpoint; one process then ends where one alone would have."""
-    complete = export(encoded, run=RunConfig(resume="off"), steps=24)
-    assert "exit 0" in run(complete)
-    expected = newest_lora()
     path = export(encoded, steps=24)
+    expected = in_the_node(read_job(path), encoded)
     environment = {**os.environ, "COMFYUI_PATH": str(loading.comfyui_path())}
     parent = subprocess.Popen(
         command(path, 2), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     runs = Path(folder_paths.get_output_directory()) / "tidetable" / "runs"
     deadline = time.monotonic() + 120
-    while not any(checkpoints(folder) for folder in runs.glob("*") if not finished(folder)):
+    while not any(checkpoints(folder) for folder in runs.glob("*")):
         assert parent.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(second_of(parent.pid), signal.SIGKILL)
@@ -128,10 +130,6 @@ def test_a_lost_process_stops_the_others_and_the_job_goes_on_with_another_number
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=2e-5, msg=key)
 
 
-def finished(folder: Path) -> bool:
-    return any(path.name == "step_00000024.safetensors" for path in checkpoints(folder))
-
-
 def second_of(parent: int) -> int:
     """The process of rank 1 among the children of torchrun."""
     for child in psutil.Process(parent).children(recursive=True):
@@ -144,7 +142,6 @@ def second_of(parent: int) -> int:
     ("change", "message"),
     [
         (("rank = 4", "rnak = 4"), "job.toml, lora has 'rnak', which is not a setting: did you mean 'rank'?"),
-        (('model_output = ["2", 0]', 'model_output = ["9", 0]'), "ComfyUI does not take the job's graph"),
         (("batch_size = 4", "batch_size = 0"), "batch_size is 0, but it must be at least 1"),
     ],
 )
@@ -155,6 +152,35 @@ def test_errors_name_the_place(encoded, change, message):
     path.write_text(text.replace(*change))
     with pytest.raises(ValueError, match=re.escape(message)):
         run_job(read_job(path), path.parent)
+
+
+def test_a_graph_without_the_model_is_refused_in_words(encoded):
+    path = export(encoded)
+    path.write_text(path.read_text().replace('model_output = ["2", 0]', 'model_output = ["9", 0]'))
+    said = run(path)
+    assert "job.toml: ComfyUI does not take the job's graph" in said and "exit 1" in said, said
+
+
+def test_the_node_writes_a_job_on_a_server(client, object_info):
+    widgets = object_info["Tidetable_ExportJob"]["input"]
+    assert {"dataset", "steps", "job_name", "filename_prefix"} <= set(widgets["required"])
+    assert not {"latents", "preview", "text_encoder"} & {*widgets["required"], *widgets["optional"]}
+    settings = {n: spec[1]["default"] for n, spec in widgets["required"].items() if "default" in (spec[1:] or [{}])[0]}
+    encode = {n: s[1]["default"] for n, s in object_info["Tidetable_EncodeDataset"]["input"]["required"].items()
+              if "default" in (s[1:] or [{}])[0]}  # fmt: skip
+    prompt = {
+        "1": {"class_type": "Tidetable_LoadTinyModel", "inputs": {"name": "mmdit-flow"}},
+        "2": {"class_type": "Tidetable_TinyDataset", "inputs": {"which": "glyphs", "count": 8, "seed": 0}},
+        "3": {"class_type": "Tidetable_DatasetImages",
+              "inputs": {"images": ["2", 0], "captions": ["2", 1], "repeats": 1}},
+        "4": {"class_type": "Tidetable_EncodeDataset",
+              "inputs": {**encode, "dataset": ["3", 0], "vae": ["1", 2], "clip": ["1", 1], "resolution": 256}},
+        "5": {"class_type": "Tidetable_ExportJob",
+              "inputs": {**settings, "model": ["1", 0], "dataset": ["4", 0], "job_name": "served"}},
+    }  # fmt: skip
+    (text,) = client.run(prompt).outputs["5"]["text"]
+    job = read_job(Path(text))
+    assert job.model_output == ("1", 0) and job.train.steps == settings["steps"] and job.adapter is None
 
 
 def test_what_a_job_cannot_have_is_refused(encoded):
