@@ -12,6 +12,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,11 +220,10 @@ class _Shard:
         return base.as_strided(leaf.shape, leaf.strides, leaf.first // size)
 
 
-def set_aside(path: Path) -> Path:
-    """Give a damaged shard a name that is not read again."""
-    target = path.with_suffix(".damaged")
-    path.rename(target)
-    return target
+def set_aside(path: Path) -> None:
+    """Give a damaged shard a name that is not read again. Another process may have done so just now."""
+    with suppress(FileNotFoundError):
+        path.replace(path.with_suffix(".damaged"))
 
 
 def _age(path: Path) -> tuple[int, str]:
