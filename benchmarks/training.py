@@ -1,84 +1,110 @@
-"""LoRA training on the embedded U-Net: this pack beside ComfyUI's own TrainLoraNode, in one process, on the same data.
+"""LoRA training: this pack beside ComfyUI's own TrainLoraNode and a plain PyTorch loop, on the same data.
 
-Samples per second counts distinct training samples; rows per step counts what really went through the network. Both
-arms train rank 16 in fp32 without gradient checkpointing; core's trains every layer including norms and biases, so ours
-is set to its widest targets. Each arm is timed as (a long run) − (a short run), which leaves out loading and set-up.
+`python3 dev.py bench training` yields for each case (unet-b1 … mmdit-b16: network and batch size) and arm
+
+- `loss_difference` and `gradient_difference`, relative, beside ComfyUI's node at batch 1 (training_parity.py).
+  Nothing is timed where they are above 1e-5;
+- `rows_per_step`: rows of the batch that went through the network for one step, and `peak_bytes`: the most that tensors
+  made by the arm took together, its gradients and optimizer state included (counting.py; the same on every machine,
+  unlike resident memory; the weights of the model handed in are left out, a second copy of them is not);
+- `samples_per_second`: distinct samples, from the median step of the median round, and `samples_per_cpu_second`, the
+  same of processor time, which other programs disturb less. Arms take turns, --rounds times. A step is the time from
+  one optimizer step to the next, the first ones of a round left out;
+- `setup_seconds`: from the call to the first forward pass;
+- both speeds of `tidetable / core` and so on: the median over rounds of the ratio within a round, and `spread`
+  and `cpu_spread`, their interquartile ranges over these: the noise of the machine.
+
+Arms (training_arms.py): `tidetable`, `core`, `core-bypass` (newer ComfyUI only) and `loop` train the same tensors with
+AdamW at rank 16 in fp32 without checkpointing. `tidetable-node` trains the low-rank pairs alone.
 """
 
 import argparse
-import inspect
-import time
+import statistics
+from collections.abc import Sequence
 
 import torch
-from comfy_extras.nodes_train import TrainLoraNode
 
-from tidetable.runtime import tiny
-from tidetable.runtime.tiny_data import tiny_dataset
-from tidetable.runtime.training import TrainingData, train_lora
-from tidetable.training.config import LoRAConfig, TrainConfig
+from tidetable.benchmarks.counting import LiveBytes
+from tidetable.benchmarks.training_arms import ARMS, run_arm
+from tidetable.benchmarks.training_cases import CASES, SIDE, Data, Passes, build, make_data, parse_case
+from tidetable.benchmarks.training_parity import check, compare
 
 
-MODEL, COUNT = "unet-v", 16
+COUNTED_STEPS = 2
+WARMUP = 2
+STEPS = {1: 16, 4: 10, 16: 5}
+"""Batch size -> timed steps of an arm in a round."""
+SPEEDS = {"samples_per_second": "spread", "samples_per_cpu_second": "cpu_spread"}
+BASELINES = ("core", "core-bypass", "loop")
 
 
 def run(arguments: list[str]):
-    """Rows (case, arm, metric, value, unit) for batch sizes 1, 4 and more."""
+    """Rows (case, arm, metric, value, unit)."""
     parser = argparse.ArgumentParser(prog="bench training")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each arm; 0 counts and compares only")
+    parser.add_argument("--steps", type=int, default=0, help="timed steps of a turn; 0 chooses by the batch size")
+    parser.add_argument("--side", type=int, default=SIDE, help="of the latents; the embedded models draw 32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    with torch.inference_mode():
-        latents, positive = make_data()
-        for batch in options.batch_sizes:
-            speeds = {}
-            for arm, train in (("core", train_core), ("tidetable", train_ours)):
-                long, rows = timed(train, latents, positive, batch, 2 * options.steps)
-                short, _ = timed(train, latents, positive, batch, options.steps)
-                speeds[arm] = batch * options.steps / max(long - short, 1e-9)
-                yield f"batch {batch}", arm, "samples_per_second", speeds[arm], "1/s"
-                yield f"batch {batch}", arm, "rows_per_step", rows / (2 * options.steps), "rows"
-            yield f"batch {batch}", "tidetable / core", "speed_ratio", speeds["tidetable"] / speeds["core"], "x"
+    data = make_data(options.side)
+    for network in dict.fromkeys(parse_case(case)[0] for case in options.cases):
+        differences = compare(network, data)
+        for arm, found in differences.items():
+            yield f"{network}-b1", arm, "loss_difference", found.loss, ""
+            yield f"{network}-b1", arm, "gradient_difference", found.gradient, ""
+        check(network, differences)
+    for case in options.cases:
+        for arm in options.arms:
+            for metric, value, unit in counted(case, arm, data):
+                yield case, arm, metric, value, unit
+        if options.rounds:
+            steps = options.steps or STEPS[parse_case(case)[1]]
+            yield from timed(case, options.arms, data, steps, options.rounds)
 
 
-def timed(train, latents, positive, batch: int, steps: int) -> tuple[float, int]:
-    """(seconds, rows that went through the network)."""
-    rows = []
-
-    def factory(name=MODEL, disable_dynamic=False):
-        del disable_dynamic
-        patcher = tiny.load_tiny_model(name)
-        patcher.model.diffusion_model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-        return patcher
-
-    patcher = factory()
-    patcher.cached_patcher_init = (factory, (MODEL,))
-    started = time.perf_counter()
-    train(patcher, latents, positive, batch, steps)
-    return time.perf_counter() - started, sum(rows)
+def counted(case: str, arm: str, data: Data):
+    """(metric, value, unit) of what does not depend on the machine's speed."""
+    network, batch = parse_case(case)
+    model = build(network)
+    Passes.seen.clear()
+    with LiveBytes() as live:
+        run_arm(arm, model, data, batch, COUNTED_STEPS)
+    yield "rows_per_step", sum(rows for _, rows in Passes.seen) / COUNTED_STEPS, "rows"
+    yield "peak_bytes", live.peak, "B"
 
 
-def train_ours(patcher, latents, positive, batch: int, steps: int) -> None:
-    config = TrainConfig(steps=steps, batch_size=batch, learning_rate=1e-4, warmup_steps=0, lr_schedule="constant")
-    train_lora(patcher, TrainingData(latents, positive), config, LoRAConfig(rank=16, targets="linear_conv"))
+def timed(case: str, arms: Sequence[str], data: Data, steps: int, rounds: int):
+    """Rows of one case, all arms taking turns."""
+    network, batch = parse_case(case)
+    speeds: dict[tuple[str, str], list[float]] = {(arm, metric): [] for arm in arms for metric in SPEEDS}
+    setups: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm in arms:
+            model = build(network)
+            Passes.seen.clear()
+            _, watch = run_arm(arm, model, data, batch, WARMUP + steps)
+            step = watch.median_step(WARMUP)
+            for metric, seconds in zip(SPEEDS, step, strict=True):
+                speeds[arm, metric].append(batch / seconds)
+            setups[arm].append(Passes.seen[0][0] - watch.started)
+    for arm in arms:
+        for metric in SPEEDS:
+            yield case, arm, metric, statistics.median(speeds[arm, metric]), "1/s"
+        yield case, arm, "setup_seconds", statistics.median(setups[arm]), "s"
+    pairs = [(arm, base) for arm in arms if arm.startswith("tidetable") for base in BASELINES if base in arms]
+    for arm, base in pairs:
+        for metric in SPEEDS:
+            ratios = [a / b for a, b in zip(speeds[arm, metric], speeds[base, metric], strict=True)]
+            yield case, f"{arm} / {base}", metric, statistics.median(ratios), "x"
+            yield case, f"{arm} / {base}", SPEEDS[metric], spread(ratios), ""
 
 
-def train_core(patcher, latents, positive, batch: int, steps: int) -> None:
-    settings = {
-        "batch_size": batch, "steps": steps, "grad_accumulation_steps": 1, "learning_rate": 1e-4, "rank": 16,
-        "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32",
-        "algorithm": "LoRA", "gradient_checkpointing": False, "existing_lora": "[None]", "quantized_backward": False,
-        "checkpoint_depth": 1, "offloading": False, "bucket_mode": False, "bypass_mode": False,
-    }  # fmt: skip
-    known = inspect.signature(TrainLoraNode.execute).parameters
-    chosen = {name: [value] for name, value in settings.items() if name in known}
-    TrainLoraNode.execute(model=[patcher], latents=latents, positive=positive, **chosen)
-
-
-def make_data():
-    clip, vae = tiny.load_tiny_clip(), tiny.load_tiny_vae()
-    images, captions = tiny_dataset("glyphs", COUNT, 0)
-    # One latent per dictionary: ComfyUI 0.3.75's trainer fails on a single batched one.
-    latents = [{"samples": vae.encode(images[i : i + 1])} for i in range(COUNT)]
-    return latents, [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in captions]
+def spread(values: Sequence[float]) -> float:
+    """Interquartile range over the median; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle

@@ -18,6 +18,7 @@ from devtools.drawing import draw
 from devtools.judges import accuracy, glyph_judge
 from tidetable.runtime import tiny
 from tidetable.runtime.model_sampling import current_sampling, patch_flow_shift
+from tidetable.runtime.prediction import patch_flow_graft
 from tidetable.training.tiny_data import CHARACTERS, glyph_batch, render_glyph
 
 
@@ -29,6 +30,8 @@ class Settings:
     scheduler: str
     shift: float | None = None
     """Of the flow model: above 1, more of the steps are where shapes form."""
+    graft: float | None = None
+    """Read as a flow model of this shift (Flow Graft)."""
 
 
 STEPS, SEED = 30, 4242
@@ -36,6 +39,7 @@ SETTINGS = {
     "unet-eps": Settings(3.0, "sgm_uniform"),
     "unet-v": Settings(3.0, "sgm_uniform"),
     "mmdit-flow": Settings(5.0, "simple", 3.0),
+    "unet-graft": Settings(3.0, "simple", graft=3.0),
 }
 
 
@@ -60,6 +64,8 @@ def main() -> None:
     rows = {"classifier on held-out renderings": judge.accuracy}
     for name in args.models:
         model, settings = tiny.load_tiny_model(name), SETTINGS[name]
+        if settings.graft is not None:
+            model = patch_flow_graft(model, settings.graft)
         if settings.shift is not None:
             model = patch_flow_shift(model, "shift", settings.shift, 0.0, 256, 256)[0]
         sigmas = comfy.samplers.calculate_sigmas(current_sampling(model), settings.scheduler, STEPS)
@@ -73,6 +79,7 @@ def main() -> None:
             "character accuracy": accuracy(judge, images, wanted),
             "mean brightness of very dark": dark.mean().item(),
             "mean brightness of very bright": bright.mean().item(),
+            "spread of mean brightness without a prompt": spread(model, sigmas, args.seed),
             "samples": len(captions),
         }
         print(name, json.dumps(rows[name]), flush=True)
@@ -80,10 +87,17 @@ def main() -> None:
             args.pictures.mkdir(parents=True, exist_ok=True)
             save_grid(torch.cat([images[:72], dark[:18], bright[:18]]), args.pictures / f"{name}.png")
     reference = [glyph_batch(1, args.seed + i, c)[2][0] for i, c in enumerate(CHARACTERS)]
-    rows["data"] = {word: brightness_of(reference, word) for word in ("very dark", "very bright")}
+    pictures = glyph_batch(500, args.seed)[0]
+    rows["data"] = {"spread of mean brightness": pictures.mean((1, 2, 3)).std().item()}
+    rows["data"] |= {word: brightness_of(reference, word) for word in ("very dark", "very bright")}
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
     print(json.dumps(rows["data"]), rows["classifier on held-out renderings"])
+
+
+def spread(model, sigmas: torch.Tensor, seed: int, count: int = 120) -> float:
+    """Standard deviation of the mean brightness of samples without a prompt."""
+    return draw(model, [""] * count, sigmas, 1.0, seed).mean((1, 2, 3)).std().item()
 
 
 def brightness_of(glyphs, word: str) -> float:

@@ -42,7 +42,10 @@ def main() -> None:
         "--start", type=Path, help="go on from these weights, with another seed, instead of from scratch"
     )
     parser.add_argument(
-        "--graft", type=float, metavar="SHIFT", help="train an eps or v model as a flow model of this shift (Flow Graft)"
+        "--graft",
+        type=float,
+        metavar="SHIFT",
+        help="train an eps or v model as a flow model of this shift (Flow Graft)",
     )
     parser.add_argument("--output", type=Path, default=tiny.MODELS_DIR)
     args = parser.parse_args()

@@ -16,8 +16,12 @@ from . import (
     tiny,
     training,
     training_adapter,
+    training_job,
+    training_memory,
     training_objective,
+    training_preview,
     training_run,
+    training_text,
 )
 
 
@@ -35,5 +39,9 @@ NODES: list[type[io.ComfyNode]] = [
     *training_adapter.NODES,
     *training_objective.NODES,
     *training_run.NODES,
+    *training_preview.NODES,
+    *training_text.NODES,
+    *training_job.NODES,
+    *training_memory.NODES,
     *tiny.NODES,
 ]

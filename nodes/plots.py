@@ -119,8 +119,8 @@ class PlotTraining(io.ComfyNode):
             display_name="Plot Training",
             category="Tidetable/plot",
             description="Draws the course of a training run: loss, its running mean, validation loss, and below them "
-            "learning rate and gradient norm where they were recorded. Also takes the loss map of ComfyUI's own Train "
-            "LoRA.",
+            "validation by t, learning rate and gradient norm where they were recorded. Also takes the loss map of "
+            "ComfyUI's own Train LoRA.",
             inputs=[
                 io.LossMap.Input("loss_map", tooltip="What a training node returns."),
                 _size("width", 1024),

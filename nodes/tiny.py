@@ -14,7 +14,7 @@ class LoadTinyModel(io.ComfyNode):
             display_name="Load Tiny Model",
             category="Tidetable/tiny",
             description=(
-                "One of three small text-to-image models that come with the pack (about 1.8 million parameters). They"
+                "One of four small text-to-image models that come with the pack (about 1.8 million parameters). They"
                 " draw one colored letter or digit at 256x256 and behave like any checkpoint, in seconds and without a"
                 " GPU."
             ),
@@ -25,7 +25,8 @@ class LoadTinyModel(io.ComfyNode):
                     default="unet-v",
                     tooltip=(
                         "unet-eps: U-Net, noise prediction. unet-v: U-Net, v-prediction with zero terminal SNR. "
-                        "mmdit-flow: MMDiT (as SD3), flow matching."
+                        "mmdit-flow: MMDiT (as SD3), flow matching. unet-graft: unet-eps finetuned with flow matching; "
+                        "use it through Flow Graft, shift 3."
                     ),
                 )
             ],

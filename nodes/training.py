@@ -2,12 +2,17 @@
 
 from comfy_api.latest import io
 
-from ..runtime.saving import save_lora_model
-from ..runtime.training import LoRAConfig, TrainConfig, train_lora, training_data
+from ..runtime.masked import one_objective
+from ..runtime.saving import FORMATS, save_lora_model, workflow_of
+from ..runtime.training import LoRAConfig, TrainConfig, train_lora
+from ..runtime.training_data import training_data
 from .dataset import EncodedData
 from .training_adapter import AdapterSettings, OptimizerSettings
+from .training_memory import MemorySettings
 from .training_objective import ObjectiveSettings, TimestepDensitySettings
+from .training_preview import PreviewSettings
 from .training_run import RunSettings
+from .training_text import TextEncoderSettings
 
 
 _TRAIN, _LORA = TrainConfig(), LoRAConfig()
@@ -227,11 +232,29 @@ class TrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="From Training Run: checkpoints, resuming, guard and log. Not connected: none of them.",
                 ),
+                PreviewSettings.Input(
+                    "preview",
+                    optional=True,
+                    tooltip="From Training Preview: pictures drawn while the run trains. Not connected: none.",
+                ),
+                TextEncoderSettings.Input(
+                    "text_encoder",
+                    optional=True,
+                    tooltip=(
+                        "From Text Encoder LoRA: trains the text encoder too, on its captions. Not connected: it is "
+                        "frozen."
+                    ),
+                ),
                 EncodedData.Input(
                     "dataset",
                     optional=True,
                     tooltip="From Encode Dataset, in place of latents, positive and empty: any number of pictures, read"
                     " from disk as they are needed.",
+                ),
+                MemorySettings.Input(
+                    "memory",
+                    optional=True,
+                    tooltip="From Training Memory: gradient checkpointing. Not connected: none.",
                 ),
             ],
             outputs=[
@@ -240,20 +263,28 @@ class TrainLoRA(io.ComfyNode):
                 ),
                 io.LoraModel.Output(display_name="LORA_MODEL"),
                 io.LossMap.Output(display_name="LOSS_MAP"),
+                io.Clip.Output(
+                    display_name="CLIP",
+                    tooltip=(
+                        "The CLIP of Text Encoder LoRA with its LoRA at strength 1. Without text_encoder, nodes "
+                        "behind it do not run, and it says so."
+                    ),
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, model, validation_percent, latents=None, positive=None, empty=None, **settings) -> io.NodeOutput:
         # An optional input that is not connected is missing, or a list of one None.
+        settings["objective"] = one_objective(settings.get("objective"))
         single = {name: value[0] for name, value in settings.items() if value and value[0] is not None}
-        nodes = {name: single.pop(name, None) for name in ("adapter", "optimizer", "run")}
-        lora_config = LoRAConfig(
-            **{name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}, seed=single["seed"]
-        )
+        names = ("adapter", "optimizer", "run", "preview", "text_encoder", "memory")
+        nodes = {name: single.pop(name, None) for name in names}
+        plain = {name: single.pop(name) for name in ("rank", "lora_alpha", "targets")}
+        lora_config = LoRAConfig(**plain, seed=single["seed"])
         data = training_data(latents, positive, empty, validation_percent[0], single.pop("dataset", None))
         result = train_lora(model[0], data, TrainConfig(**single), lora_config, cls.hidden.unique_id, **nodes)
-        return io.NodeOutput(result.model, result.lora, result.loss_map)
+        return io.NodeOutput(result.model, result.lora, result.loss_map, result.clip, ui=result.ui)
 
 
 class SaveLoRA(io.ComfyNode):
@@ -268,6 +299,7 @@ class SaveLoRA(io.ComfyNode):
                 " reads it."
             ),
             is_output_node=True,
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             inputs=[
                 io.LoraModel.Input("lora", tooltip="From Train LoRA; ComfyUI's own trainer's output works too."),
                 io.String.Input(
@@ -283,13 +315,35 @@ class SaveLoRA(io.ComfyNode):
                     default="",
                     tooltip="modelspec.title in the header. Empty keeps the title that training wrote.",
                 ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="comfyui",
+                    optional=True,
+                    tooltip=(
+                        "Names of the layers in the file. comfyui: every LoRA loader of ComfyUI. diffusers: also"
+                        " diffusers pipelines; LoRA only, and only for families whose names ComfyUI knows."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "include_workflow",
+                    default=False,
+                    optional=True,
+                    tooltip=(
+                        "Put this graph with its captions and file names into the header, so that the file opens as a"
+                        " workflow. Off: settings only. ComfyUI's --disable-metadata wins."
+                    ),
+                ),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="As LoRA loaders list it.")],
         )
 
     @classmethod
-    def execute(cls, lora, filename_prefix: str, title: str) -> io.NodeOutput:
-        name = save_lora_model(lora, filename_prefix, title)
+    def execute(
+        cls, lora, filename_prefix: str, title: str, format: str = "comfyui", include_workflow: bool = False
+    ) -> io.NodeOutput:
+        workflow = workflow_of(cls.hidden) if include_workflow else None
+        name = save_lora_model(lora, filename_prefix, title, format, workflow)
         return io.NodeOutput(name, ui={"text": (name,)})
 
 

@@ -128,8 +128,8 @@ class Adapter(io.ComfyNode):
                     "continue_from",
                     default=_ADAPTER.continue_from,
                     tooltip=(
-                        "Name of a LoRA in the loras folder to go on from (kohya, PEFT, LoHa, DoRA): kind, rank, alpha "
-                        "and layers are then the file's. Empty is anew."
+                        "Name of a LoRA in the loras folder to go on from (kohya, PEFT, LyCORIS): kind, rank, alpha and"
+                        " layers are then the file's. Empty is anew."
                     ),
                 ),
             ],

@@ -259,6 +259,42 @@ class Objective(io.ComfyNode):
                     tooltip="Exchanges noises within a batch so that each goes to a near sample. Works best with large"
                     " batches. Off: at random.",
                 ),
+                _choice(
+                    "masked_loss",
+                    ["off", "on", "normalized"],
+                    _OBJECTIVE.masked_loss,
+                    "Learns inside the latents' masks (Set Latent Noise Mask). off: masks are not used. on: a small"
+                    " mask gives a small loss. normalized: every mask counts the same.",
+                ),
+                _number(
+                    "unmasked_weight",
+                    _OBJECTIVE.unmasked_weight,
+                    0.0,
+                    1.0,
+                    "masked_loss only: what the error outside the mask counts. 0 is nothing, 1 as much as inside; 0 to"
+                    " 0.1 is typical.",
+                ),
+                _number(
+                    "prior_weight",
+                    _OBJECTIVE.prior_weight,
+                    0.0,
+                    1000.0,
+                    "Keeps what the model does without the LoRA: what the difference to its own answer counts. 0 is"
+                    " off; 0.1 to 1 is typical.",
+                ),
+                _choice(
+                    "prior_on",
+                    ["class_prompt", "outside_mask"],
+                    _OBJECTIVE.prior_on,
+                    "prior_weight only: where nothing shall change. class_prompt: on prior_conditioning, everywhere."
+                    " outside_mask: on the sample's own prompt, outside its mask; needs masked_loss.",
+                ),
+                io.Conditioning.Input(
+                    "prior_conditioning",
+                    optional=True,
+                    tooltip="For class_prompt: what the LoRA shall not change, like 'a photo of a person' for a LoRA of"
+                    " one person. A list: one for each latent. Not connected: Train LoRA's empty.",
+                ),
             ],
             outputs=[ObjectiveSettings.Output(display_name="objective", tooltip="For Train LoRA's objective.")],
         )

@@ -116,6 +116,14 @@ class TrainingRun(io.ComfyNode):
                         "tidetable/run.jsonl. Empty is none."
                     ),
                 ),
+                io.Boolean.Input(
+                    "tensorboard",
+                    default=_RUN.tensorboard,
+                    tooltip=(
+                        "The same numbers for TensorBoard, in tidetable/tensorboard in the output folder. Off is none; "
+                        "on needs the package tensorboard, which you install yourself."
+                    ),
+                ),
             ],
             outputs=[RunSettings.Output(display_name="run", tooltip="For the input 'run' of Train LoRA.")],
         )

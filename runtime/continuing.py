@@ -1,98 +1,170 @@
 """A LoRA file to an adapter that can be trained on, through the key names that ComfyUI's own loader knows."""
 
-import json
-from pathlib import Path
+import logging
+import re
+from dataclasses import replace
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
-import folder_paths
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..training.adapter_kinds import Adapter, AdapterNetwork, DoRA, LoHa, LowRank
+from ..training.adapter_formats import Factors, adapter_from, fused, loha_factors, lokr_factors, lora_factors
+from ..training.adapter_kinds import Adapter, AdapterNetwork
 from ..training.adapter_settings import AdapterConfig
+from .lora_files import read_lora
+from .lora_keys import TEXT
 
 
-FACTORS = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight", "_lora.up.weight", ".hada_w1_a", ".lokr_w1")
-"""How the names end that stand for one adapter each."""
-TEXT = ("lora_te", "text_encoder")
+logger = logging.getLogger(__name__)
+WHOLE = (".diff", ".diff_b", ".set_weight", ".w_norm", ".b_norm")
+"""How the names end of whole weights and biases; loaders list them apart from adapters."""
 
 
 def continued_network(model: Any, config: AdapterConfig, device: torch.device) -> AdapterNetwork:
     """The adapters of the file `config.continue_from`, on the layers of the model. ValueError where they do not fit."""
-    tensors, alpha = read_lora(config.continue_from)
-    keys = comfy.lora.model_lora_keys_unet(model, {})
+    name = config.continue_from
+    tensors = read_lora(name)
+    own = {key: tensor for key, tensor in tensors.items() if not key.startswith(TEXT)}
+    if not own:
+        raise ValueError(
+            f"{name} has nothing but a text encoder's layers ({next(iter(tensors))}, …) and none of the model's to"
+            " continue. Use another file, or none"
+        )
+    return _network(name, own, _known_names(model), model.diffusion_model, config, device)
+
+
+def continued_text(clip: nn.Module, config: AdapterConfig, device: torch.device) -> AdapterNetwork | None:
+    """The same for the text encoder's part of the file, on a CLIP's network; None where the file has no such part."""
+    own = {key: tensor for key, tensor in read_lora(config.continue_from).items() if key.startswith(TEXT)}
+    if not own:
+        return None
+    return _network(config.continue_from, own, comfy.lora.model_lora_keys_clip(clip, {}), clip, config, device)
+
+
+def without_text(name: str) -> None:
+    """Say that the text encoder's part of a file is not gone on with, where it has one."""
+    count = sum(key.startswith(TEXT) for key in read_lora(name))
+    if count:
+        logger.warning("%s: its %d tensors of the text encoder are not continued", name, count)
+
+
+def _network(
+    name: str,
+    tensors: dict[str, Tensor],
+    known: dict[str, Any],
+    network: nn.Module,
+    config: AdapterConfig,
+    device: torch.device,
+) -> AdapterNetwork:
+    modules: dict[str, Any] = dict(network.named_modules())
+    adapters: dict[str, Adapter] = {}
     with torch.inference_mode(False):
         patches: dict[Any, Any] = comfy.lora.load_lora(
-            comfy.lora_convert.convert_lora(dict(tensors)), keys, log_missing=False
+            comfy.lora_convert.convert_lora(dict(tensors)), known, log_missing=False
         )
-    loaded = {name for patch in patches.values() for name in getattr(patch, "loaded_keys", ())}
-    wanted = [name for name in tensors if name.endswith(FACTORS) and not name.startswith(TEXT)]
-    missing = [name for name in wanted if name not in loaded]
-    if missing or not wanted:
+        _check_all_read(name, tensors, patches)
+        for layer, parts in _by_layer(name, patches).items():
+            try:
+                factors = _of_layer(parts, len(modules[layer].weight))
+                adapters[layer] = adapter_from(modules[layer], factors)
+            except ValueError as error:
+                raise ValueError(f"{name}: {layer}: {error}") from error
+    layers = {layer: modules[layer] for layer in adapters}
+    return AdapterNetwork(layers, _settings(config, factors), device, adapters)
+
+
+def _known_names(model: Any) -> dict[str, Any]:
+    """ComfyUI's names of the layers, and PEFT's own names of those that ComfyUI knows by diffusers' older ones."""
+    known: dict[str, Any] = comfy.lora.model_lora_keys_unet(model, {})
+    for name, target in list(known.items()):
+        plain = name.replace(".processor.to_", ".to_")
+        if name.startswith(("unet.", "transformer.")):
+            plain = f"{plain}.0" if name.endswith(".processor.to_out") else plain
+            known.setdefault(plain, target)
+            known.setdefault(f"base_model.model.{plain.partition('.')[2]}", target)
+    return known
+
+
+def _check_all_read(name: str, tensors: dict[str, Tensor], patches: dict[Any, Any]) -> None:
+    """ValueError where part of the file was not understood: it would be lost in what is saved at the end."""
+    loaded = {key for patch in patches.values() for key in getattr(patch, "loaded_keys", ())}
+    others = [key for key in tensors if not key.endswith(".alpha")]
+    unread = [key for key in others if key not in loaded and not key.endswith(WHOLE)]
+    layers = {_layer_of(key) for key in others}
+    missing = sorted({_layer_of(key) for key in unread} - {_layer_of(key) for key in loaded})
+    if missing:
         raise ValueError(
-            f"{config.continue_from} is not for this model: {len(missing)} of its {len(wanted)} layers are missing "
-            f"here, the first is {missing[0] if missing else 'none'}. Load the model it was trained on"
+            f"{name} is not for this model: {len(missing)} of its {len(layers)} layers are missing here, the first is"
+            f" {missing[0]}. Load the model it was trained on"
         )
-    modules = dict(model.diffusion_model.named_modules())
-    adapters: dict[str, Adapter] = {}
-    for key, patch in patches.items():
-        name = key.removeprefix("diffusion_model.").removesuffix(".weight") if isinstance(key, str) else ""
-        if name not in modules:
-            raise ValueError(
-                f"{config.continue_from} has an adapter on part of a layer ({key}): it cannot be continued"
-            )
-        adapters[name] = _adapter(name, modules[name], patch, alpha, config)
-    return AdapterNetwork({name: modules[name] for name in adapters}, config, device, adapters)
-
-
-def read_lora(name: str) -> tuple[dict[str, Tensor], float | None]:
-    """Tensors of a file of the loras folder, and the alpha that a PEFT file has in its header or beside it."""
-    path = folder_paths.get_full_path("loras", name)
-    if path is None:
-        raise ValueError(f"there is no LoRA {name!r} in the loras folder: use a name as Load LoRA lists it")
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors has a class of its own for a file that is cut short
+    if unread:
         raise ValueError(
-            f"{name} cannot be read as safetensors ({error}): the file is damaged or another kind"
-        ) from error
-    beside = Path(path).with_name("adapter_config.json")
-    text = header.get("lora_adapter_metadata") or (beside.read_text(encoding="utf-8") if beside.is_file() else "{}")
-    settings = json.loads(text)
-    found = [value for key, value in settings.items() if key.rsplit(".")[-1] == "lora_alpha"]
-    return tensors, float(found[0]) if found else None
+            f"{name} has {len(unread)} tensors that ComfyUI's loader does not read, the first is {unread[0]}: what they"
+            " do would be lost. Use another file"
+        )
 
 
-def _adapter(name: str, layer: Any, patch: Any, alpha: float | None, config: AdapterConfig) -> Adapter:
-    kind: str = getattr(patch, "name", type(patch).__name__)
-    weights: Any = getattr(patch, "weights", None)
-    generator = torch.Generator().manual_seed(config.seed)
-    factors: dict[str, Tensor]
-    if kind == "lora" and weights[3] is None and weights[5] is None:
-        up, down, own, _, magnitude, _ = weights
-        scale = (alpha or len(down) if own is None else own) / len(down)
-        by_input = magnitude is not None and magnitude.shape[0] != up.shape[0]
-        adapter: Adapter = LowRank(layer, len(down), scale, generator)
-        if magnitude is not None:
-            adapter = DoRA(layer, len(down), scale, generator, by_input)
-        factors = {"up": up, "down": down, **({} if magnitude is None else {"magnitude": magnitude})}
-    elif kind == "loha" and weights[5] is None and weights[7] is None:
-        scale = 1.0 if weights[2] is None else weights[2] / len(weights[1])
-        adapter = LoHa(layer, len(weights[1]), scale, generator)
-        names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-        factors = dict(zip(names, (weights[0], weights[1], weights[3], weights[4]), strict=True))
-    else:
-        raise ValueError(f"{config.continue_from} has an adapter of kind {kind} on {name}: it cannot be continued here")
-    for key, value in factors.items():
-        parameter = getattr(adapter, key)
-        if value.numel() != parameter.numel():
+def _layer_of(key: str) -> str:
+    return re.split(r"[._]lora[._]|\.hada_|\.lokr_|\.oft_|\.dora_scale$", key)[0]
+
+
+def _by_layer(name: str, patches: dict[Any, Any]) -> dict[str, list[tuple[Any, Any]]]:
+    """Layer -> (rows and reordering, adapter as ComfyUI has it) of each patch on it."""
+    found: dict[str, list[tuple[Any, Any]]] = {}
+    for target, patch in patches.items():
+        key, *where = (target,) if isinstance(target, str) else target
+        if not hasattr(patch, "weights"):
             raise ValueError(
-                f"{config.continue_from}: {key} of {name} is {tuple(value.shape)}, the layer needs another"
+                f"{name} has a whole new weight or bias for {key}, which is no adapter: put Load LoRA with this file in"
+                " front of the training, and train a new LoRA on top of it"
             )
-        parameter.data.copy_(value.reshape(parameter.shape))
-    return adapter
+        layer = key.removeprefix("diffusion_model.").removesuffix(".weight")
+        found.setdefault(layer, []).append((where, patch))
+    return found
+
+
+def _of_layer(parts: list[tuple[Any, Any]], outputs: int) -> Factors:
+    """One adapter of a layer with `outputs` rows, from what the file has for it."""
+    if len(parts) == 1 and not parts[0][0]:
+        return _factors(parts[0][1])
+    pieces: list[tuple[int, Factors]] = []
+    for where, patch in parts:
+        rows, reorder = (*where, None, None)[:2]
+        factors = _factors(patch)
+        if factors.kind != "lora":
+            raise ValueError(f"kind {factors.kind} on some rows of a layer cannot be continued, only LoRA can")
+        up = factors.tensors["up"]
+        start, count = rows[1:] if rows else (0, outputs)
+        if len(up) != count:
+            raise ValueError(f"up has {len(up)} rows, and {count} belong to it: it is for a model of another size")
+        tensors = {**factors.tensors, "up": up if reorder is None else reorder(up)}
+        pieces.append((start, Factors("lora", factors.rank, factors.scale, tensors)))
+    return fused(pieces, outputs)
+
+
+def _factors(patch: Any) -> Factors:
+    """ComfyUI's adapter, whose weights are a tuple in an order of each kind's own."""
+    kind, weights = patch.name, patch.weights
+    if kind == "lora" and weights[5] is None:
+        up, down, alpha, mid, dora, _ = weights
+        return lora_factors(up, down, alpha, mid, dora)
+    if kind == "loha" and weights[7] is None:
+        w1_a, w1_b, alpha, w2_a, w2_b, t1, t2, _ = weights
+        return loha_factors((w1_a, w1_b), (w2_a, w2_b), alpha, None if t1 is None else (t1, t2))
+    if kind == "lokr" and weights[8] is None:
+        w1, w2, alpha, w1_a, w1_b, w2_a, w2_b, t2, _ = weights
+        return lokr_factors((w1_a, w1_b) if w1 is None else w1, (w2_a, w2_b) if w2 is None else w2, alpha, t2)
+    extra = " with DoRA" if kind in ("loha", "lokr") else " with another shape" if kind == "lora" else ""
+    raise ValueError(
+        f"an adapter of kind {kind}{extra} cannot be continued: put Load LoRA with this file in front of the training,"
+        " and train a new LoRA on top of it"
+    )
+
+
+def _settings(config: AdapterConfig, factors: Factors) -> AdapterConfig:
+    """The settings with what the file says in place of theirs, for the header of what is saved."""
+    kind: Any = factors.kind
+    rank = min(factors.rank, 512)
+    return replace(config, kind=kind, rank=rank, lora_alpha=factors.scale * rank, rank_stabilized=False)

@@ -11,9 +11,12 @@ from ..training.checkpoint import digest
 from ..training.data import Dataset
 from ..training.dataset.encoded import EncodedDataset, OpenedDataset, Sample, samples_of, shapes, split
 from ..training.dataset.store import Store
+from ..training.recipe import ObjectiveConfig
+from .masked import fitted
 from .trainable import ComfyDenoiser
 
 
+NATIVE = ObjectiveConfig()
 NAMED = 5
 """Lost pictures that are named one by one."""
 SIZES = ("width", "height", "crop_w", "crop_h", "target_width", "target_height")
@@ -44,23 +47,41 @@ class Lazy(Sequence):
 class EncodedSamples:
     """The cache behind a `ComfyDenoiser`: latents in its space and its own conditions, made at each access."""
 
-    def __init__(self, denoiser: ComfyDenoiser, encoded: EncodedDataset):
-        self.denoiser = denoiser
+    def __init__(self, denoiser: ComfyDenoiser, encoded: EncodedDataset, objective: ObjectiveConfig = NATIVE):
+        self.denoiser, self.objective = denoiser, objective
         self.opened = OpenedDataset(encoded)
+        places = [self.opened.store.places[key] for picture in self.opened.pictures for key in picture.latents]
+        self.masked = objective.masked_loss != "off" and any(len(shapes(place)) > 1 for place in places)
+        self.prompt = objective.prior_conditioning
+        if isinstance(self.prompt, tuple):
+            raise ValueError(
+                f"{len(self.prompt)} conditionings at prior_conditioning of Training Objective, but the samples of a"
+                " dataset have captions of their own: connect a single one"
+            )
 
     def datasets(self, validation_percent: int) -> tuple[Dataset, Dataset | None]:
         """(to train on, held out); whole pictures are held out."""
+        for number, picture in enumerate(self.opened.pictures if self.masked else (), 1):
+            for key in picture.latents:  # better to hear of an empty mask now than in the night
+                self.weight(Sample(number - 1, key, picture.texts[0]))
         kept, held = split(self.opened.pictures, validation_percent)
         return self.dataset(samples_of(kept)), self.dataset(samples_of(held)) if held else None
 
     def dataset(self, samples: Sequence[Sample]) -> Dataset:
         count, opened = len(samples), self.opened
+        empties = Lazy(count, lambda place: self.condition(samples[place], opened.encoded.dropped))
+        asked = Lazy(count, lambda place: self.sized(samples[place], self.prompt))
+        objective = self.objective
+        kept = objective.prior_weight > 0 and objective.prior_on == "class_prompt"
+        name = [[[sample.latent, sample.text] for sample in samples], opened.encoded.dropped]
         return Dataset(
             latents=Lazy(count, lambda place: self.latent(samples[place])),
             conditions=Lazy(count, lambda place: self.condition(samples[place], samples[place].text)),
-            empties=Lazy(count, lambda place: self.condition(samples[place], opened.encoded.dropped)),
+            empties=empties,
             keys=[opened.group(sample) for sample in samples],
-            identity=digest([[[sample.latent, sample.text] for sample in samples], opened.encoded.dropped]),
+            identity=digest([*name, self.prompt] if kept and self.prompt is not None else name),
+            masks=Lazy(count, lambda place: self.weight(samples[place])) if self.masked else None,
+            prior_conditions=(empties if self.prompt is None else asked) if kept else None,
         )
 
     def latent(self, sample: Sample) -> Tensor:
@@ -71,23 +92,34 @@ class EncodedSamples:
         mask = self.opened.store.read(sample.latent).get("mask")
         return None if mask is None else mask.clone()
 
+    def weight(self, sample: Sample) -> Tensor:
+        """The mask as the loss takes it."""
+        return fitted(self.mask(sample), self.latent(sample), sample.picture + 1, self.objective)
+
     def condition(self, sample: Sample, text: str) -> dict:
         """The model's own conditions of a text, with the size and the cut of the sample's picture."""
-        store = self.opened.store
-        ((cross, options),) = store.read(text)
-        info = store.places[sample.latent].info
-        sized = [cross, {**options, **{name: info[name] for name in SIZES}}]
+        return self.sized(sample, self.opened.store.read(text))
+
+    def sized(self, sample: Sample, conditioning: Sequence) -> dict:
+        info = self.opened.store.places[sample.latent].info
+        sizes = {name: info[name] for name in SIZES}
         with torch.no_grad():
-            return self.denoiser.condition([sized], self.latent(sample))
+            return self.denoiser.condition(
+                [[cross, {**options, **sizes}] for cross, options in conditioning], self.latent(sample)
+            )
 
 
 def encoded_datasets(
-    denoiser: ComfyDenoiser, encoded: EncodedDataset, validation_percent: int, say: Callable[[str], None]
+    denoiser: ComfyDenoiser,
+    encoded: EncodedDataset,
+    validation_percent: int,
+    say: Callable[[str], None],
+    objective: ObjectiveConfig = NATIVE,
 ) -> tuple[Dataset, Dataset | None]:
     """(to train on, held out or None). `say` hears of samples whose records are damaged or gone."""
     if not 0 <= validation_percent <= 50:
         raise ValueError(f"validation_percent is {validation_percent}, but it must be in 0..50")
-    samples = EncodedSamples(denoiser, encoded)
+    samples = EncodedSamples(denoiser, encoded, objective)
     lost = samples.opened.lost
     if lost:
         named = ", ".join(lost[:NAMED]) + (f" and {len(lost) - NAMED} more" if len(lost) > NAMED else "")

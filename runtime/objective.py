@@ -95,7 +95,8 @@ def with_family(config: DensityConfig, model: ModelPatcher) -> DensityConfig:
 
 
 def prepare(model: ModelPatcher, config: TrainConfig) -> tuple[ModelPatcher, TrainConfig]:
-    """The model that is trained (a graft is a clone), and the settings with nothing left open."""
+    """The model that is trained (a graft is a clone), and the settings with nothing left open and no data in them."""
+    config = replace(config, objective=replace(config.objective, prior_conditioning=None))
     if config.objective.flow == "graft":
         model = patch_flow_graft(model, config.objective.graft_shift)
     if config.timestep_density is not None:

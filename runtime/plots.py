@@ -146,10 +146,10 @@ def _points(
 
 
 def plot_training(loss_map: Mapping[str, Any], width: int, height: int) -> torch.Tensor:
-    """IMAGE of a LOSS_MAP: loss and validation, and below them learning rate and gradient norm if they were recorded.
+    """IMAGE of a LOSS_MAP: loss and validation, and below them validation by t, learning rate and gradient norm.
 
-    Core's plain {"loss": […]} is enough; numbers may be Python's or 0-d tensors. A running mean stands in for missing
-    smoothed losses.
+    Core's plain {"loss": […]} is enough, what was not recorded is left out; numbers may be Python's or 0-d tensors. A
+    running mean stands in for missing smoothed losses.
     """
     if not isinstance(loss_map, Mapping) or "loss" not in loss_map:
         raise ValueError(
@@ -160,6 +160,8 @@ def plot_training(loss_map: Mapping[str, Any], width: int, height: int) -> torch
         raise ValueError("the LOSS_MAP holds no losses: no training step was finished")
     steps = range(1, len(loss) + 1)
     panels = [Panel("loss per training step (no unit)", _loss_lines(loss_map, loss, steps), _wide(loss), share=3.0)]
+    if shares := _by_t_lines(loss_map):
+        panels.append(Panel("validation by t, relative to before training", shares, share=2.0))
     for key, title, color in (
         ("lr", "learning rate (per step)", COLORS[2]),
         ("grad_norm", "gradient norm before clipping", COLORS[4]),
@@ -199,6 +201,23 @@ def _loss_lines(loss_map: Mapping[str, Any], loss: list[float], steps: range) ->
         base = _number(loss_map["validation_base"], "validation_base")
         ends = [min(steps[0], *at, steps[0]), max(steps[-1], *at, steps[-1])]
         lines.append(Line(ends, [base, base], COLORS[1], f"validation before training ({base:.4g})", 1.6, DASHES[1]))
+    return lines
+
+
+def _by_t_lines(loss_map: Mapping[str, Any]) -> list[Line]:
+    """One curve for each t: its validation loss as a share of its first one. Below 1 is better than the base model."""
+    levels, rows = _numbers(loss_map, "validation_t"), loss_map.get("validation_by_t") or []
+    at = _numbers(loss_map, "validation_steps")
+    if len(rows) < 2 or not levels:
+        return []
+    _require_length("validation_by_t", rows, len(at), "validation_steps")
+    table = [_numbers({"validation_by_t": row}, "validation_by_t") for row in rows]
+    for row in table:
+        _require_length("a row of validation_by_t", row, len(levels), "validation_t")
+    lines = [Line([at[0], at[-1]], [1.0, 1.0], "#7F7F7F", "before training", 1.6, DASHES[1])]
+    for index, (t, first) in enumerate(zip(levels, table[0], strict=True)):
+        shares = [row[index] / first if first > 0 else math.nan for row in table]
+        lines.append(Line(at, shares, COLORS[index % 6], f"t {t:g} ({_last(shares)})", 2.0, dots=True))
     return lines
 
 

@@ -87,6 +87,8 @@ TINY_SPECS = {
         _MMDIT,
         {"shift": 1.0, "multiplier": 1000},
     ),
+    # Looks like an eps checkpoint and was finetuned with flow matching, shift 3: Flow Graft says so.
+    "unet-graft": TinySpec("tiny-unet-graft", TinyUNet, comfy.model_base.ModelType.EPS, _UNET),
 }
 TINY_MODELS = tuple(TINY_SPECS)
 

@@ -6,7 +6,7 @@ gives every weight a differentiable view of the same memory, and puts the origin
 happens in between.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -53,7 +53,12 @@ class ComfyDenoiser:
     prediction: Prediction
     shift: float
 
-    def __init__(self, patcher: comfy.model_patcher.ModelPatcher):
+    def __init__(
+        self, patcher: comfy.model_patcher.ModelPatcher, beside: Sequence[comfy.model_patcher.ModelPatcher] = ()
+    ):
+        self.patcher = patcher
+        self.loaded = [patcher, *beside]
+        """What must not be moved while it trains: the model, and a text encoder that is trained with it."""
         self.real = patcher.model
         self.device = patcher.load_device
         sampling = self.real.model_sampling
@@ -65,6 +70,8 @@ class ComfyDenoiser:
                 "supported are eps, v and x0 models with a discrete schedule, and flow models without noise scaling"
             )
         self.process, self.prediction, self.shift = process, prediction, stored_shift(sampling) or 1.0
+        self.resolve: Callable[[Sequence[Any]], Sequence[Row]] | None = None
+        """Makes rows of what a data set has in their place, at each forward pass: captions, where text is trained."""
         network = type(self.real.diffusion_model).__name__
         self._in_place = network not in OUT_OF_PLACE_CLASSES
 
@@ -84,6 +91,8 @@ class ComfyDenoiser:
 
         Rows whose conditionings have one shape share a forward pass.
         """
+        if self.resolve is not None:
+            conditions = self.resolve(conditions)
         signatures = [_signature(row) for row in conditions]
         if len(set(signatures)) == 1:
             return self._forward(x_t, t, conditions)
@@ -96,6 +105,8 @@ class ComfyDenoiser:
         return torch.stack([row for row in out if row is not None])
 
     def _forward(self, x_t: Tensor, t: Tensor, conditions: Sequence[Row]) -> Tensor:
+        # One step may be many batches, and a validation many more: a cancel waits for one forward pass at most.
+        comfy.model_management.throw_exception_if_processing_interrupted()
         # ComfyUI's eps and v models live in the variance-exploding picture: x / alpha, and sigma / alpha as sigma.
         if isinstance(self.process, VP):
             sigma = self.process.ratio(t).float().to(x_t.device)
@@ -124,10 +135,16 @@ class ComfyDenoiser:
             raise ValueError(
                 f"a training conditioning cannot carry {', '.join(found)}: connect CLIPTextEncode directly"
             )
+        owned = {key: _own(value, self.device) for key, value in options.items()}
+        conds = self.conds(_own(cross_attn, self.device), owned, latent)
+        return {key: _own(value, self.device) for key, value in conds.items()}
+
+    def conds(self, cross_attn: Tensor, options: dict[str, Any], latent: Tensor) -> Row:
+        """The model's own conds from a conditioning and its options for one sample [C, ...]; gradients pass."""
         noise = latent[None]
         arguments = {
-            **{key: _own(value, self.device) for key, value in options.items()},
-            "cross_attn": _own(cross_attn, self.device),
+            **options,
+            "cross_attn": cross_attn,
             "noise": noise,
             "latent_image": noise,
             "device": self.device,
@@ -136,14 +153,12 @@ class ComfyDenoiser:
         arguments.setdefault("width", latent.shape[-1] * 8)
         arguments.setdefault("height", latent.shape[-2] * 8)
         conds = self.real.extra_conds(**arguments)
-        return {
-            key: _own(value.process_cond(batch_size=1, area=None).cond, self.device) for key, value in conds.items()
-        }
+        return {key: value.process_cond(batch_size=1, area=None).cond for key, value in conds.items()}
 
-    def latent(self, sample: Tensor) -> Tensor:
+    def latent(self, sample: Tensor, name: str = "a latent") -> Tensor:
         """A VAE's latent [C, ...] to the space of the network, in fp32 on its device.
 
-        Raises where the channels differ.
+        Raises where the channels differ or a value is not finite; `name` says in the message which latent it is.
         """
         wanted = self.real.latent_format.latent_channels
         if sample.shape[0] != wanted:
@@ -152,7 +167,7 @@ class ComfyDenoiser:
                 "encode the images with the VAE that belongs to the model"
             )
         if not torch.isfinite(sample).all():
-            raise ValueError("a latent contains nan or inf: look at the image it came from, or use a VAE in fp32")
+            raise ValueError(f"{name} contains nan or inf: look at the image it came from, or use a VAE in fp32")
         sample = _own(sample, self.device).float()
         if getattr(self.real.latent_format, "latent_dimensions", 2) == 3 and sample.ndim == 3:
             sample = sample[:, None]
@@ -167,7 +182,7 @@ class ComfyDenoiser:
                 f"{len(samples)} latents but {len(conditionings)} conditionings: connect one for each latent, or a"
                 " single one"
             )
-        latents = [self.latent(sample) for sample in samples]
+        latents = [self.latent(sample, f"latent {i + 1} of {len(samples)}") for i, sample in enumerate(samples)]
         with torch.no_grad():
             rows = [self.condition(c, latent) for c, latent in zip(conditionings, latents, strict=True)]
             empty_row = self.condition(empty, latents[0]) if empty is not None else None
@@ -175,15 +190,40 @@ class ComfyDenoiser:
 
 
 @contextmanager
-def training_session(patcher: comfy.model_patcher.ModelPatcher, memory_required: float = 0) -> Iterator[ComfyDenoiser]:
-    """Load the model fully, make it differentiable in place, and leave it exactly as it was found."""
+def training_session(
+    patcher: comfy.model_patcher.ModelPatcher,
+    memory_required: float = 0,
+    beside: Sequence[comfy.model_patcher.ModelPatcher] = (),
+) -> Iterator[ComfyDenoiser]:
+    """Load the model fully, make it differentiable in place, and leave it exactly as it was found.
+
+    The same for plain patchers `beside` it, loaded at the same time: a text encoder's.
+    """
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         patcher = plain_patcher(patcher)
+        refuse_compiled(patcher)
         with torch.no_grad():  # merging a DoRA into weights that ask for gradients fails, and ComfyUI only logs it
-            comfy.model_management.load_models_gpu([patcher], memory_required=memory_required, force_full_load=True)
-        stack.enter_context(thawed(patcher.model))
-        stack.enter_context(_training_flag())
-        yield ComfyDenoiser(patcher)
+            comfy.model_management.load_models_gpu(
+                [patcher, *beside], memory_required=memory_required, force_full_load=True
+            )
+        for loaded in (patcher, *beside):
+            stack.enter_context(thawed(loaded.model))
+        stack.enter_context(training_flag(True))
+        yield ComfyDenoiser(patcher, beside)
+
+
+def refuse_compiled(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """ValueError where torch.compile took the place of the network or a block: adapters would get the wrong names.
+
+    ComfyUI's own node only wraps sampling, which training does not go through.
+    """
+    places = {**dict(patcher.model.named_modules()), **patcher.object_patches}
+    compiled = [name for name, module in places.items() if type(module).__name__ == "OptimizedModule"]
+    if compiled:
+        raise ValueError(
+            f"the MODEL carries a torch.compile of {', '.join(compiled[:3])}: connect the MODEL as it is before that "
+            "node, and compile the trained one"
+        )
 
 
 def plain_patcher(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
@@ -227,14 +267,14 @@ def thawed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _training_flag() -> Iterator[None]:
+def training_flag(value: bool) -> Iterator[None]:
     """Newer ComfyUI uses fused kernels without a backward pass unless its `in_training` says otherwise."""
     management = comfy.model_management
     if not hasattr(management, "in_training"):
         yield
         return
     before = management.in_training
-    management.in_training = True
+    management.in_training = value
     try:
         yield
     finally:

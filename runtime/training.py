@@ -6,61 +6,46 @@ node-level inputs to a `Trainer`, its events to the user, its result to MODEL an
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import comfy.model_management
 import comfy.model_patcher
-from torch import Tensor
+import comfy.sd
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..training.adapter_kinds import AdapterNetwork
 from ..training.adapter_settings import AdapterConfig, match_targets
-from ..training.adapters import LoRANetwork, select_targets
 from ..training.config import LoRAConfig, TrainConfig, with_optimizer
-from ..training.data import Dataset
-from ..training.dataset.encoded import EncodedDataset
 from ..training.engine import Trainer
+from ..training.memory import MemoryConfig
 from ..training.optimizers import OptimizerConfig
-from .continuing import continued_network
-from .encoded import encoded_datasets, largest_latent
-from .lora_keys import LoRAModel, apply_lora, to_lora_model
+from .continuing import continued_network, without_text
+from .diffusers_format import diffusers_names
+from .gradients import memory_saving, require_right_gradients
+from .lora_keys import LoRAModel, apply_lora, apply_text_lora, to_lora_model
 from .objective import prepare, seen_in_flow
-from .paths import save_lora
+from .paths import rescue_folders, save_lora
+from .preflight import check_settings
+from .previews import PreviewConfig
 from .progress import TrainingReporter
+from .text_encoder import LiveText, TextEncoder
 from .trainable import ComfyDenoiser, training_session
+from .training_data import TrainingData, datasets_of
 from .training_run import RunConfig, RunKeeper, fingerprint, guard_of
+from .watching import watched
 
 
 logger = logging.getLogger(__name__)
 MEMORY_FACTOR = 4.0
 """Activations kept for the backward pass, relative to what ComfyUI estimates for a forward pass."""
 RESCUE_PREFIX = "tidetable/unfinished"
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What the node was connected to."""
-
-    latents: Sequence[dict] = ()
-    positive: Sequence[list] = ()
-    negative: list | None = None
-    """The empty conditioning for caption dropout."""
-    validation_percent: int = 0
-    """Share of the samples that is held out for validation, 0 to 50."""
-    encoded: EncodedDataset | None = None
-    """From Encode Dataset, in place of `latents`, `positive` and `negative`."""
-
-    def samples(self) -> list[Tensor]:
-        """Every latent [C, ...] by itself, in order; of an encoded data set the largest one. ValueError for none."""
-        if self.encoded is not None:
-            return [largest_latent(self.encoded)]
-        rows = [row for latent in self.latents for row in latent["samples"]]
-        if not rows:
-            raise ValueError(
-                "there is nothing to train on, the latents are empty: connect the latents of at least one image (VAE "
-                "Encode) and their conditionings, or a dataset (Encode Dataset)"
-            )
-        return rows
+NO_CLIP = (
+    "Train LoRA has a CLIP only where its input text_encoder is connected (Text Encoder LoRA): otherwise the text "
+    "encoder is as it was, so use the CLIP of the loader"
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +54,10 @@ class TrainingResult:
     """The model it was trained on, with the LoRA applied: a clone."""
     lora: LoRAModel
     loss_map: dict
+    ui: dict[str, list[dict[str, str]]] | None = None
+    """What the page shows on the node: the previews."""
+    clip: comfy.sd.CLIP | ExecutionBlocker = field(default_factory=lambda: ExecutionBlocker(NO_CLIP))
+    """The text encoder with the LoRA applied: a clone. Without one, what stops the nodes behind it in words."""
 
 
 def train_lora(
@@ -80,6 +69,9 @@ def train_lora(
     adapter: AdapterConfig | None = None,
     optimizer: OptimizerConfig | None = None,
     run: RunConfig | None = None,
+    preview: PreviewConfig | None = None,
+    text_encoder: TextEncoder | None = None,
+    memory: MemoryConfig | None = None,
 ) -> TrainingResult:
     """Train a LoRA on the model as it is loaded and patched now. The model itself is left exactly as it was.
 
@@ -88,68 +80,56 @@ def train_lora(
     """
     config = with_optimizer(config, optimizer)
     samples = data.samples()
+    objective = config.objective  # with its prompt, which is data
     model, config = prepare(model, config)
     reporter = TrainingReporter(config.steps, node_id)
-    memory = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
-    with training_session(model, memory) as denoiser:
+    needed = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
+    encoder = text_encoder.private() if text_encoder else None
+    beside = [encoder.clip.patcher] if encoder else []
+    needed += encoder.memory(config.batch_size) if encoder else 0
+    with training_session(model, needed, beside) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
-        dataset, held_out = datasets_of(denoiser, data, samples, reporter)
+        if adapter is not None and adapter.continue_from and encoder is None:
+            without_text(adapter.continue_from)
+        text = LiveText(encoder, denoiser, lora_config.seed, adapter) if encoder else None
+        dataset, held_out = datasets_of(denoiser, data, samples, reporter, text, objective)
         seen = seen_in_flow(denoiser, config.objective)
-        trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run))
-        if isinstance(network, AdapterNetwork):
-            trainer.adapter = network
+        groups = [text.group()] if text else []
+        off = network.disabled if text is None else partial(text.without, network)
+        trainer = Trainer(config, seen, network.trainable(), dataset, held_out, guard_of(run), groups, off)
+        trainer.adapter = network
         others = {"adapter": asdict(adapter)} if adapter else {}
+        others |= {"text_encoder": text.identity()} if text else {}
         identity = fingerprint(denoiser, trainer, lora_config, **others) if run else {}
         keeper = RunKeeper(run, trainer, reporter, identity) if run else None
+        check_settings(trainer, network, reporter)
         logger.info("training %d adapters on %d samples", len(network.layers), len(dataset))
 
         def current() -> LoRAModel:
-            return to_lora_model(network, metadata(trainer, adapter or lora_config, denoiser, reporter))
+            settings = network.config if adapter else lora_config
+            header = metadata(trainer, settings, denoiser, reporter)
+            return to_lora_model(network, header) if text is None else text.add_to(to_lora_model(network, header))
 
-        with network.installed():
+        with (
+            network.installed(),
+            text.installed() if text else nullcontext(),
+            memory_saving(denoiser.real.diffusion_model, memory),
+            watched(trainer, reporter, denoiser, keeper, preview) as previewer,
+        ):
+            require_right_gradients(denoiser, trainer)
             run_or_rescue(trainer, reporter, current, keeper)
         lora = current()
-    return TrainingResult(apply_lora(model, lora), lora, reporter.loss_map())
-
-
-def training_data(
-    latents: Sequence[dict | None] | None,
-    positive: Sequence[list | None] | None,
-    empty: Sequence[list | None] | None,
-    validation_percent: int,
-    encoded: EncodedDataset | None = None,
-) -> TrainingData:
-    """What the node was given, where inputs that are not connected are None or [None]."""
-    rows = [row for row in latents or () if row is not None]
-    texts = [text for text in positive or () if text is not None]
-    none = next((text for text in empty or () if text is not None), None)
-    if encoded is not None and (rows or texts or none is not None):
-        raise ValueError(
-            "both a dataset and latents, positive or empty are connected: disconnect one. Encode Dataset brings the "
-            "captions and the empty one with it"
-        )
-    if bool(rows) != bool(texts):
-        raise ValueError("latents and positive belong together: connect both, or a dataset in their place")
-    return TrainingData(rows, texts, none, validation_percent, encoded)
-
-
-def datasets_of(
-    denoiser: ComfyDenoiser, data: TrainingData, samples: Sequence[Tensor], reporter: TrainingReporter
-) -> tuple[Dataset, Dataset | None]:
-    """(to train on, held out or None), in memory or read from a cache while training."""
-    if data.encoded is None:
-        whole = denoiser.dataset(samples, data.positive, data.negative)
-        return split_held_out(whole, data.validation_percent)
-    return encoded_datasets(denoiser, data.encoded, data.validation_percent, reporter.say)
+    lora.diffusers = diffusers_names(model.model)
+    ui = None if previewer is None else {"images": previewer.images()}
+    result = TrainingResult(apply_lora(model, lora), lora, reporter.loss_map(), ui)
+    return replace(result, clip=apply_text_lora(text_encoder.clip, lora)) if text_encoder else result
 
 
 def build_network(
     modules: dict, denoiser: ComfyDenoiser, lora_config: LoRAConfig, adapter: AdapterConfig | None
-) -> LoRANetwork | AdapterNetwork:
+) -> AdapterNetwork:
     """Adapters on the network's layers: LoRA by the node's own inputs, or what a Tidetable_Adapter says."""
-    if adapter is None:
-        return LoRANetwork(select_targets(modules, lora_config.targets), lora_config, denoiser.device)
-    adapter = replace(adapter, seed=lora_config.seed)
+    adapter = AdapterConfig(**asdict(lora_config)) if adapter is None else replace(adapter, seed=lora_config.seed)
     if adapter.continue_from:
         network = continued_network(denoiser.real, adapter, denoiser.device)
     else:
@@ -171,35 +151,32 @@ def run_or_rescue(
     except BaseException:  # cancelling is a BaseException in newer ComfyUI
         if trainer.step:
             _rescue(trainer, current, keeper)
+        else:
+            logger.warning("training stopped before its first step was done: there is nothing to save")
         raise
+    finally:
+        if keeper is not None:
+            keeper.close()
 
 
 def _rescue(trainer: Trainer, current: Callable[[], LoRAModel], keeper: RunKeeper | None) -> None:
-    if keeper is not None:
-        keeper.save()  # before the moving average takes the place of the weights
-    trainer.finish()
-    lora = current()
     try:
-        path = save_lora(lora, f"{RESCUE_PREFIX}_step{trainer.step}", lora.metadata)
-        logger.warning("training stopped at step %d of %d; saved %s", trainer.step, trainer.config.steps, path)
-    except ValueError as error:  # the reason for the stop matters more than this
-        logger.error("training stopped at step %d of %d; %s", trainer.step, trainer.config.steps, error)
-
-
-def split_held_out(dataset: Dataset, percent: int) -> tuple[Dataset, Dataset | None]:
-    """Hold out an evenly spaced share of the samples; none where the share is below one sample."""
-    if not 0 <= percent <= 50:
-        raise ValueError(f"validation_percent is {percent}, but it must be in 0..50")
-    count = len(dataset) * percent // 100
-    if count == 0:
-        return dataset, None
-    held = {(2 * k + 1) * len(dataset) // (2 * count) for k in range(count)}
-    parts = ([i for i in range(len(dataset)) if i not in held], sorted(held))
-    pick = [
-        Dataset([dataset.latents[i] for i in rows], [dataset.conditions[i] for i in rows], dataset.empty_condition)
-        for rows in parts
-    ]
-    return pick[0], pick[1]
+        if keeper is not None:
+            keeper.save()  # before the moving average takes the place of the weights
+    except Exception as error:  # the LoRA is still to be saved, and the reason for the stop matters more
+        logger.error("no checkpoint at step %d: %s", trainer.step, error)
+    trainer.finish()
+    if trainer.world.rank > 0:
+        return
+    lora = current()
+    for folder in rescue_folders():
+        try:
+            path = save_lora(lora, f"{RESCUE_PREFIX}_step{trainer.step}", lora.metadata, folder)
+        except ValueError as error:  # the reason for the stop matters more than this
+            logger.error("training stopped at step %d of %d; %s", trainer.step, trainer.config.steps, error)
+        else:
+            logger.warning("training stopped at step %d of %d; saved %s", trainer.step, trainer.config.steps, path)
+            return
 
 
 def metadata(

@@ -16,8 +16,10 @@ from ..training.config import LoRAConfig, _require
 from ..training.engine import Trainer
 from ..training.events import Event, Notice, StepDone
 from ..training.guard import Guard, GuardConfig
+from .board import require_tensorboard
 from .paths import log_file, runs_folder
-from .progress import TrainingReporter
+from .progress import TrainingReporter, finite
+from .run_lock import RunLock, is_held
 from .trainable import ComfyDenoiser
 
 
@@ -47,6 +49,8 @@ class RunConfig:
     """None is off."""
     log: str = ""
     """A JSON line for every step goes to this file under the output folder; "" is none."""
+    tensorboard: bool = False
+    """The same numbers for TensorBoard, which must be installed."""
 
     def __post_init__(self):
         for name in ("checkpoint_every_steps", "checkpoint_every_minutes"):
@@ -76,36 +80,61 @@ def fingerprint(denoiser: ComfyDenoiser, trainer: Trainer, lora_config: LoRAConf
             found[f"{name}.latents"] = digest(data.latents)
             found[f"{name}.conditions"] = digest(data.conditions)
             found[f"{name}.empty"] = digest(data.empty_condition)
+            found[f"{name}.masks"] = digest(data.masks)
+            found[f"{name}.prior"] = digest(data.prior_conditions)
     for name, settings in {"train": asdict(trainer.config), "lora": asdict(lora_config), **others}.items():
         found.update(_flat(name, settings))
     return {name: value for name, value in found.items() if name not in {f"train.{free}" for free in FREE_TO_CHANGE}}
 
 
 class RunKeeper:
-    """Listens to the reporter: saves what is due, and goes on where the last run of the same kind was."""
+    """Listens to the reporter: saves what is due, and goes on where the last run of the same kind was.
+
+    Of several processes only the first saves; the others go on where it does, from the same folder.
+    """
 
     def __init__(self, config: RunConfig, trainer: Trainer, reporter: TrainingReporter, identity: dict[str, Any]):
         self.config, self.trainer, self.reporter, self.identity = config, trainer, reporter, identity
         self.log = log_file(config.log) if config.log else None
-        self.folder = self._find_folder()
-        self._resume()
+        self.leads = trainer.world.rank == 0
+        self.lock: RunLock | None = None
+        with trainer.world.first_before_others():
+            self.folder = self._find_folder()
+            try:
+                self.lock = self._enter_folder() if self.leads else None
+                self._resume()
+            except BaseException:
+                self.close()
+                raise
         self.last_saved, self.last_step = time.monotonic(), trainer.step
-        reporter.listeners.append(self)
+        if self.leads:
+            reporter.listeners.append(self)
 
     @property
     def name(self) -> str:
         return self.folder.name
 
+    def close(self) -> None:
+        """The run is over: the folder is free for another process. Safe to call twice."""
+        if self.lock is not None:
+            self.lock.release()
+
     def __call__(self, event: Event) -> None:
+        assert self.lock is not None
+        self.lock.touch()
         self._write_log(event)
         if isinstance(event, StepDone) and self._is_due(event):
             self.save()
 
     def save(self) -> None:
-        """A checkpoint of this moment. A disk that refuses it costs a warning, not the run."""
+        """A checkpoint of this moment. A disk that refuses it costs a warning, not the run.
+
+        ValueError where another process has taken the run's folder meanwhile.
+        """
         trainer = self.trainer
-        if trainer.step == self.last_step or not trainer.whole:
+        if self.lock is None or trainer.step == self.last_step or not trainer.whole:
             return
+        self.lock.check()
         self.last_saved, self.last_step = time.monotonic(), trainer.step
         state = {"identity": self.identity, "trainer": trainer.state(), "history": self.reporter.history(trainer.step)}
         try:
@@ -116,6 +145,8 @@ class RunKeeper:
                 "the run goes on and tries again, and older checkpoints are still there"
             )
             self.reporter.say(text)
+        except TypeError as error:  # an optimizer of another package may keep what no file can hold
+            self.reporter.say(f"no checkpoint at step {trainer.step}: {error}. The run goes on without")
         else:
             logger.info("saved %s", path)
 
@@ -129,7 +160,7 @@ class RunKeeper:
         return late or (steps > 0 and event.step % steps == 0)
 
     def _find_folder(self) -> Path:
-        """The folder to go on in, made and tried: better to hear of a full disk now than at the first checkpoint."""
+        """The folder to go on in. With "off" a new one, where there is a run in the last one."""
         base = runs_folder()
         if self.config.resume not in ("auto", "off"):
             folder = base / self.config.resume
@@ -143,18 +174,21 @@ class RunKeeper:
             stem = f"{self.identity['model.family']}_{digest(self.identity)}"
             taken = [path for path in base.glob(f"{stem}*") if path.is_dir()]
             number = max((int(path.name.removeprefix(f"{stem}_") or 0) for path in taken), default=0)
-            new = not taken or (self.config.resume == "off" and bool(checkpoints(base / f"{stem}_{number}")))
+            last = base / f"{stem}_{number}"
+            new = not taken or (self.config.resume == "off" and (bool(checkpoints(last)) or is_held(last)))
             folder = base / f"{stem}_{number + new}"
+        return folder
+
+    def _enter_folder(self) -> RunLock:
+        """The folder made, locked and so tried: better to hear of a full disk now than at the first checkpoint."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "running").write_bytes(b"")
-            (folder / "running").unlink()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return RunLock(self.folder)
         except OSError as error:
             raise ValueError(
-                f"could not write checkpoints to {folder}: {error}. Free some space or start ComfyUI with another "
+                f"could not write checkpoints to {self.folder}: {error}. Free some space or start ComfyUI with another "
                 "--output-directory; without Training Run connected, training writes no checkpoints"
             ) from error
-        return folder
 
     def _resume(self) -> None:
         if self.config.resume == "off":
@@ -181,8 +215,8 @@ class RunKeeper:
     def _write_log(self, event: Event) -> None:
         if self.log is None:
             return
-        line = {"event": type(event).__name__, **asdict(event), "time": time.time()}
-        line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        more = self.reporter.more(event)
+        line = finite({"event": type(event).__name__, **asdict(event), **more, "time": time.time()})
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a", encoding="utf-8") as file:
@@ -204,6 +238,8 @@ def run_config(
     )
     if settings["log"]:
         log_file(settings["log"])  # refused here rather than after the model is loaded
+    if settings["tensorboard"]:
+        require_tensorboard()
     return RunConfig(guard=watch if guard else None, **settings)
 
 

@@ -25,11 +25,14 @@ MAY_IMPORT = {
     "schedules": {"schedules"},
 }
 SCIENCE = {"torch", "numpy", "PIL", "safetensors", "einops", "scipy"}
-HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "node_helpers", "nodes", "server"}
+HOST = {
+    "comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview",
+    "node_helpers", "nodes", "server",
+}  # fmt: skip
 MAY_USE = {
     "": {"comfy_api"},
     "nodes": {"comfy_api"},
-    "runtime": SCIENCE | HOST | {"comfyui_version", "kornia", "torchsde"},
+    "runtime": SCIENCE | HOST | {"comfyui_version", "kornia", "psutil", "torchsde"},
     "samplers": SCIENCE | {"torchsde"},
     "training": SCIENCE,
     "schedules": SCIENCE,

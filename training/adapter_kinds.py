@@ -2,10 +2,11 @@
 
 LoRA: Hu et al. 2021, arXiv:2106.09685. DoRA: Liu et al. 2024, arXiv:2402.09353. LoHa: Hyeon-Woo et al. 2021 (FedPara),
 arXiv:2108.06098. LoKr: Yeh et al. 2023 (LyCORIS), arXiv:2309.14859. Parameters are fp32 whatever the layer computes in.
+The *bypass* form used in training leaves the layer alone and changes its output: the base may be quantized or patched.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +73,21 @@ class Adapter(nn.Module):
         return factor if self.mask is None else factor * self.mask.to(factor).reshape(-1, *[1] * (factor.ndim - 1))
 
 
+def add_product(
+    output: Tensor, x: Tensor, up: Tensor, down: Tensor, scale: float, convolution: dict[str, Any] | None
+) -> Tensor:
+    """output + scale · up(down(x)), with sum and scale in the pass that needs them anyway; in x's dtype."""
+    up, down = up.to(x.dtype), down.to(x.dtype)
+    if convolution is not None:
+        term = nn.functional.conv2d(nn.functional.conv2d(x, down, **convolution), up)
+    elif output.dtype == x.dtype:
+        inner = nn.functional.linear(x, down).reshape(-1, down.shape[0])
+        return torch.addmm(output.reshape(-1, up.shape[0]), inner, up.t(), alpha=scale).view(output.shape)
+    else:
+        term = nn.functional.linear(nn.functional.linear(x, down), up)
+    return torch.add(output, term, alpha=scale)
+
+
 class LowRank(Adapter):
     """scale · up @ down; with PiSSA less the product at the start, so that the change begins at zero."""
 
@@ -82,6 +98,7 @@ class LowRank(Adapter):
         out, inputs, kernel = self.layer_shape[0], self.layer_shape[1], self.layer_shape[2:]
         ones = (1,) * len(kernel)
         bound = 1 / math.sqrt(inputs * math.prod(kernel))
+        # Kaiming uniform with a = sqrt(5), torch's own default for linear layers: a bound of 1/sqrt(fan_in).
         down = (torch.rand(rank, inputs, *kernel, generator=generator) * 2 - 1) * bound
         up = torch.zeros(out, rank, *ones)
         self.start: tuple[Tensor, Tensor] | None = None
@@ -92,7 +109,7 @@ class LowRank(Adapter):
             down = (v[:rank] * root[:, None]).reshape(down.shape).contiguous()
             device = layer.weight.device
             self.start = up.to(device, copy=True), down.to(device, copy=True)
-        self.up, self.down = nn.Parameter(up), nn.Parameter(down)
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
 
     def term(self, x: Tensor) -> Tensor:
         """`delta` applied to x, without forming it."""
@@ -101,7 +118,9 @@ class LowRank(Adapter):
 
     def forward(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         del layer
-        return output + self.term(x)
+        if self.start is not None:  # the difference of both products comes first: it is 0 at the start, bit for bit
+            return output + self.term(x)
+        return add_product(output, x, self.up, self._masked(self.down), self.scale, self.convolution)
 
     def delta(self) -> Tensor:
         product = self.up.flatten(1) @ self._masked(self.down).flatten(1)
@@ -114,7 +133,7 @@ class LowRank(Adapter):
         if self.start is not None:  # the subtracted start is a second half of the rank
             up, down = torch.cat([up, -self.start[0]], 1), torch.cat([down, self.start[1]], 0)
         alpha = torch.tensor(self.scale * down.shape[0])
-        return {"lora_up.weight": up, "lora_down.weight": down, "alpha": alpha}
+        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
 
     def _product(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         inner = self._through(x, self._masked(down))
@@ -231,7 +250,7 @@ class AdapterNetwork:
         adapters: Mapping[str, Adapter] | None = None,
     ):
         generator = torch.Generator().manual_seed(config.seed)
-        self.config, self.layers = config, dict(layers)
+        self.config, self.layers, self.enabled = config, dict(layers), True
         if adapters is not None:
             self.adapters = {name: adapter.to(device) for name, adapter in adapters.items()}
             return
@@ -250,13 +269,30 @@ class AdapterNetwork:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Forward hooks on the layers, removed at the end whatever happens."""
-        with hooked([(layer, _bypass(self.adapters[name])) for name, layer in self.layers.items()]):
+        hooks = [(layer, self._hook(self.adapters[name])) for name, layer in self.layers.items()]
+        with hooked(hooks):
             yield
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Switched off, for a forward pass of the network as it is without them."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def _hook(self, adapter: Adapter) -> Callable[[Any, tuple, Tensor], Tensor]:
+        hook = _bypass(adapter)
+        return lambda layer, args, output: hook(layer, args, output) if self.enabled else output
 
     @contextmanager
     def dropout(self, step: int) -> Iterator[None]:
         """The dropouts of a training step, a function of (seed, step); off again at the end."""
         generator, config = step_generator(self.config.seed, step, DROPOUT_STREAM), self.config
+        if not (config.rank_dropout or config.module_dropout):
+            yield
+            return
         try:
             for adapter in self.adapters.values():
                 adapter.dropped = torch.rand((), generator=generator).item() < config.module_dropout

@@ -1,20 +1,13 @@
-"""Low-rank adapters as functions of a layer's input: which layers get one, how they start, and both of their forms.
+"""Which layers can carry an adapter, and the hooks by which it acts. What an adapter is: `adapter_kinds`."""
 
-LoRA (Hu et al. 2021, arXiv:2106.09685): W' = W + lora_alpha / rank · up @ down. The *bypass* form used in training
-leaves the layer alone and adds `lora_alpha / rank · up(down(x))` to its output, so the base may be frozen, quantized or
-patched.
-"""
-
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .config import LoRAConfig, Targets
+from .config import Targets
 
 
 _ATTENTION = re.compile(r"(attn|attention)[^.]*\.|single_blocks\.\d+\.linear[12]$")
@@ -44,65 +37,6 @@ def select_targets(modules: Mapping[str, nn.Module], preset: Targets) -> dict[st
     return chosen
 
 
-class LoRA(nn.Module):
-    """One layer's adapter: down [r, in, (kh, kw)] and up [out, r, (1, 1)] in fp32; forward gives the bypass term."""
-
-    def __init__(self, layer: Any, config: LoRAConfig, device: torch.device, generator: torch.Generator):
-        super().__init__()
-        self.convolution: dict[str, Any] | None = None
-        if _is_linear(layer):
-            inputs, outputs, kernel, ones = layer.in_features, layer.out_features, (), ()
-        else:
-            inputs, outputs, kernel, ones = layer.in_channels, layer.out_channels, layer.kernel_size, (1, 1)
-            self.convolution = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        rank = min(config.rank, inputs * math.prod(kernel), outputs)
-        # Kaiming uniform with a = sqrt(5), torch's own default for linear layers: a bound of 1/sqrt(fan_in).
-        bound = 1 / math.sqrt(inputs * math.prod(kernel))
-        down = (torch.rand(rank, inputs, *kernel, generator=generator) * 2 - 1) * bound
-        self.down = nn.Parameter(down.to(device))
-        self.up = nn.Parameter(torch.zeros(outputs, rank, *ones, device=device))
-        # The strength the user asked for stays lora_alpha / rank where a narrow layer forces a smaller rank.
-        self.lora_alpha = config.lora_alpha * rank / config.rank
-        self.scale = self.lora_alpha / rank
-
-    def forward(self, x: Tensor) -> Tensor:
-        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
-        if self.convolution is None:
-            return nn.functional.linear(nn.functional.linear(x, down), up) * self.scale
-        return nn.functional.conv2d(nn.functional.conv2d(x, down, **self.convolution), up) * self.scale
-
-
-def delta_weight(lora: LoRA) -> Tensor:
-    """W' - W of the adapter, in the shape of the layer's weight."""
-    return ((lora.up.flatten(1) @ lora.down.flatten(1)) * lora.scale).reshape(lora.up.shape[0], *lora.down.shape[1:])
-
-
-class LoRANetwork(nn.Module):
-    """Adapters for a set of layers. With `up` at zero it is the identity, bit for bit."""
-
-    def __init__(self, layers: Mapping[str, nn.Module], config: LoRAConfig, device: torch.device):
-        super().__init__()
-        generator = torch.Generator().manual_seed(config.seed)
-        self.layers = dict(layers)
-        self.adapters = {name: LoRA(layer, config, device, generator) for name, layer in layers.items()}
-
-    def trainable(self) -> list[nn.Parameter]:
-        return [parameter for adapter in self.adapters.values() for parameter in adapter.parameters()]
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Forward hooks on the layers, removed at the end whatever happens."""
-        with hooked([(layer, _bypass(self.adapters[name])) for name, layer in self.layers.items()]):
-            yield
-
-    def saved(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(layer name, suffix -> tensor) of every adapter, as detached fp32 copies on the CPU."""
-        for name, adapter in self.adapters.items():
-            down, up = (factor.detach().float().cpu().clone() for factor in (adapter.down, adapter.up))
-            alpha = torch.tensor(adapter.lora_alpha)
-            yield name, {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
-
-
 @contextmanager
 def hooked(hooks: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
     """Forward hooks on modules, removed at the end whatever happens."""
@@ -112,10 +46,6 @@ def hooked(hooks: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _bypass(adapter: LoRA):
-    return lambda layer, args, output: output + adapter(args[0])
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Samples, in memory or read one by one, and their order: a function of (seed, step), so that a run can resume."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class Dataset:
     """What the samples of a batch must have in common, one for each; None: the shape of the latent, read from it."""
     identity: str = ""
     """A name for all of it, for data that is not read as a whole to compare runs; empty where it is."""
+    masks: Sequence[Tensor] | None = None
+    """[1, ..., h, w] of each latent: 1 where it is learned, see `training.masked`."""
+    prior_conditions: Sequence[Condition] | None = None
+    """For each latent the condition on which the adapter shall change nothing, see `training.prior`."""
 
     def __post_init__(self):
         if len(self.latents) == 0:
@@ -34,6 +38,17 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def subset(self, rows: Sequence[int]) -> "Dataset":
+        """These samples, in this order, of a data set in memory."""
+        parts = {name: getattr(self, name) for name in ("latents", "conditions", "masks", "prior_conditions")}
+        return replace(
+            self, **{name: None if part is None else [part[row] for row in rows] for name, part in parts.items()}
+        )
+
+    def masks_of(self, rows: Sequence[int]) -> Tensor | None:
+        """[B, 1, ..., h, w], or None where no sample has a mask."""
+        return None if self.masks is None else torch.stack([self.masks[row] for row in rows])
 
     def condition(self, index: int, dropped: bool = False) -> Condition:
         """A sample's condition, or what stands for it where its caption is dropped."""
@@ -78,7 +93,12 @@ class BatchOrder:
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """The randomness of one step (stream 0), one epoch's order (1) or the validation noise (2)."""
+    """The randomness of one step (stream 0), an epoch's order (1), validation noise (2), or a row's noise (3 on)."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**64
     mixed ^= mixed >> 31
     return torch.Generator().manual_seed((mixed * 0xD6E8FEB86659FD93) % 2**63)
+
+
+def row_noise(like: Tensor, seed: int, step: int, row: int) -> Tensor:
+    """Standard normal noise of one row of a step's batch, drawn on the CPU: the same on every device."""
+    return torch.randn(like.shape, generator=step_generator(seed, step, stream=3 + row)).to(like)

@@ -1,21 +1,24 @@
 """The training loop. It yields events and knows nothing of nodes, files or progress bars."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapter_kinds import AdapterNetwork
+from .checkpoint import clone
 from .config import TrainConfig
-from .data import BatchOrder, Dataset, step_generator
+from .data import BatchOrder, Dataset, row_noise, step_generator
+from .distributed import World, parts
 from .events import Event, StepDone
 from .guard import Guard
-from .noise import shape_noise
-from .objective import loss_for_batch
-from .optim import MovingAverage, build_optimizer, learning_rate
-from .optimizers import set_training_mode
+from .noise import shape_noise, shapes_noise
+from .optim import MovingAverage, build_optimizer, learning_rate, rate_factors
+from .optimizers import ParameterGroup, set_training_mode
+from .prior import LossTerms
 from .protocols import TrainableDenoiser
 from .timesteps import draw_t, sample_t
 from .validation import validate
@@ -39,7 +42,12 @@ class Trainer:
         dataset: Dataset,
         held_out: Dataset | None = None,
         guard: Guard | None = None,
+        others: Sequence[ParameterGroup] = (),
+        without_adapter: Callable[[], AbstractContextManager] | None = None,
     ):
+        """`others` are trained with `parameters`, each at a rate of its own. `without_adapter` switches all of them off
+        for the length of a forward pass, where they are adapters.
+        """
         if not parameters:
             raise ValueError("there is nothing to train: no parameter was given")
         if config.caption_dropout > 0 and dataset.empty_condition is None and dataset.empties is None:
@@ -49,12 +57,22 @@ class Trainer:
             )
         self.config = config
         self.denoiser = denoiser
-        self.parameters = list(parameters)
+        self.parameters = [*parameters, *(p for other in others for p in other.parameters)]
         self.dataset = dataset
         self.held_out = held_out
+        self.world = World.current()
+        self.world.share(config.batch_size)
+        if self.world.size > 1 and config.objective.ot_pairing:
+            raise ValueError(
+                f"ot_pairing needs the whole batch in one process, and there are {self.world.size}: switch it off, or "
+                "use one process"
+            )
         self.accumulate = config.optimizer.accumulate if config.optimizer else 1
         self.order = BatchOrder(dataset, config.batch_size * self.accumulate, config.seed)
-        self.optimizer = build_optimizer(self.parameters, config)
+        self.terms = LossTerms(denoiser, dataset, config.objective, without_adapter)
+        self.loss = self.world.averaged(self.terms, self.parameters)
+        self.optimizer = build_optimizer(parameters, config, others)
+        self.rate_factors = rate_factors(self.optimizer, config, others)
         ema_device = "cpu" if config.optimizer and config.optimizer.ema_device == "cpu" else None
         self.average = MovingAverage(self.parameters, config.ema_decay, ema_device) if config.ema_decay > 0 else None
         self.adapter: AdapterNetwork | None = None
@@ -63,6 +81,7 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.rate_scale = 1.0
+        self.finished = False
         self.whole = True
         """False for the moment in which an update is half made: `state` is then worth nothing."""
 
@@ -87,12 +106,35 @@ class Trainer:
     def finish(self) -> None:
         """Put the moving average in place of the last weights, where there is one. Safe to call twice."""
         set_training_mode(self.optimizer, False)
+        self.finished = True
         if self.average is not None and self.average.updates:
             self.average.copy_to_parameters()
 
+    @contextmanager
+    def shown(self, averaged: bool = False) -> Iterator[None]:
+        """The weights as they are to be used, for a look between two steps; those of training come back bit for bit.
+
+        `averaged`: the moving average where there is one, as `finish` would leave them. Schedule-free optimizers keep
+        other weights while training, and their way there and back rounds.
+        """
+        if self.finished:
+            yield
+            return
+        kept = clone(self.parameters)
+        set_training_mode(self.optimizer, False)
+        try:
+            if averaged and self.average is not None and self.average.updates:
+                self.average.copy_to_parameters()
+            yield
+        finally:
+            set_training_mode(self.optimizer, True)
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(value)
+
     def weights(self) -> dict[str, Any]:
         """What an update changes: references to parameters, optimizer state and moving average."""
-        set_training_mode(self.optimizer, True)  # schedule-free optimizers keep other weights while validating
+        set_training_mode(self.optimizer, True)
         average = self.average and {"average": self.average.average, "updates": self.average.updates}
         return {"parameters": self.parameters, "optimizer": self.optimizer.state_dict(), "average": average}
 
@@ -130,14 +172,14 @@ class Trainer:
 
     def train_step(self) -> StepDone:
         rate = learning_rate(self.step, self.config) * self.rate_scale
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for group, factor in zip(self.optimizer.param_groups, self.rate_factors, strict=True):
+            group["lr"] = rate * factor
         set_training_mode(self.optimizer, True)
-        loss = self._forward_backward(step_generator(self.config.seed, self.step))
+        loss = self._forward_backward(step_generator(self.config.seed, self.step)).item()
         norm = self._clip_gradients()
-        healthy = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
+        healthy = math.isfinite(norm) and math.isfinite(loss)
         if self.guard is not None:
-            healthy = self.guard.accepts(self, loss.item(), norm.item())
+            healthy = self.guard.accepts(self, loss, norm)
         if healthy:
             self.whole = False
             self.optimizer.step()
@@ -156,36 +198,52 @@ class Trainer:
         self.step += 1
         if self.guard is not None:
             self.guard.after_step(self, healthy)
-        return StepDone(self.step, self.config.steps, loss.item(), rate, norm.item(), not healthy)
+        return StepDone(self.step, self.config.steps, loss, rate, norm, not healthy)
 
     def _forward_backward(self, generator: torch.Generator) -> Tensor:
+        """Gradients of a whole batch, and its mean loss; this process goes through its own share of the rows."""
         rows = self.order.indices(self.step)
-        x0 = torch.stack([self.dataset.latents[i] for i in rows])
-        eps = torch.randn(x0.shape, generator=generator).to(x0)
-        t = self.denoiser.snap(self._draw_t(x0, generator))
-        keep = torch.rand(len(rows), generator=generator) >= self.config.caption_dropout
-        conditions = [self.dataset.condition(i, not kept) for i, kept in zip(rows, keep.tolist(), strict=True)]
+        share = self.world.share(len(rows))
+        x0 = torch.stack([self.dataset.latents[i] for i in rows[share]])
         objective = self.config.objective
+        # Each row's noise is a function of (seed, step, row), so that a process draws its own rows only.
+        drawn = range(len(rows)) if shapes_noise(objective) else range(len(rows))[share]
+        eps = torch.stack([row_noise(x0[0], self.config.seed, self.step, row) for row in drawn])
+        t = self.denoiser.snap(self._draw_t(len(rows), x0.shape[1:], generator))[share]
+        keep = torch.rand(len(rows), generator=generator) >= self.config.caption_dropout
+        conditions = [
+            self.dataset.condition(i, not kept) for i, kept in zip(rows[share], keep[share].tolist(), strict=True)
+        ]
         eps, seen = shape_noise(eps, x0, objective, generator)
+        if len(eps) > len(x0):
+            eps, seen = eps[share], seen[share]
         dropout = nullcontext() if self.adapter is None else self.adapter.dropout(self.step)
-        total, size = torch.zeros((), device=x0.device), self.config.batch_size
+        total = torch.zeros((), device=x0.device)
         with dropout, self.denoiser.gradient_context():
-            for part in (slice(first, first + size) for first in range(0, len(x0), size)):
-                batch = x0[part], conditions[part], eps[part], t[part]
-                loss = loss_for_batch(self.denoiser, *batch, objective, seen[part]).sum() / len(x0)
-                loss.backward()
-                total = total + loss.detach()
-        return total
+            for part in parts(len(x0), self.config.batch_size // self.world.size):
+                batch = rows[share][part], x0[part], conditions[part], eps[part], t[part], seen[part]
+                for term in self.terms.names:
+                    loss = self.loss(term, *batch).sum() / len(x0)
+                    if loss.requires_grad:
+                        loss.backward()
+                    total = total + loss.detach()
+        return self.world.mean(total)
 
-    def _draw_t(self, x0: Tensor, generator: torch.Generator) -> Tensor:
+    def _draw_t(self, count: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         process, shift = self.denoiser.process, self.denoiser.shift
         if self.config.timestep_density is None:
-            return sample_t(self.config, len(x0), process.name == "flow", shift, generator)
-        return draw_t(self.config.timestep_density, len(x0), x0.shape[1:], process, shift, generator)
+            return sample_t(self.config, count, process.name == "flow", shift, generator)
+        return draw_t(self.config.timestep_density, count, shape, process, shift, generator)
 
-    def _clip_gradients(self) -> Tensor:
-        limit = self.config.max_grad_norm or float("inf")
-        return torch.nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], limit)
+    def _clip_gradients(self) -> float:
+        """The norm before clipping. One pass over all tensors; none to scale them where that would change nothing."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
+        norm = torch.linalg.vector_norm(torch.stack(list(norms))).item()
+        limit = self.config.max_grad_norm
+        if 0 < limit < norm:
+            torch._foreach_mul_(gradients, limit / norm)
+        return norm
 
     def _validation_is_due(self) -> bool:
         if self.held_out is None or self.step == 0:
@@ -195,5 +253,7 @@ class Trainer:
 
     def _validate(self):
         assert self.held_out is not None
-        set_training_mode(self.optimizer, False)
-        return validate(self.denoiser, self.held_out, self.config.batch_size, self.config.seed, self.step)
+        config = self.config
+        with self.shown():
+            run = config.batch_size, config.seed, self.step, self.world, config.objective
+            return validate(self.denoiser, self.held_out, *run)

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from .recipe import ObjectiveConfig
 
 
+def shapes_noise(config: ObjectiveConfig) -> bool:
+    """Whether `shape_noise` draws or looks across the rows of the batch, and so needs all of them."""
+    return bool(config.pyramid_discount or config.offset_noise or config.ot_pairing or config.input_perturbation)
+
+
 def shape_noise(eps: Tensor, x0: Tensor, config: ObjectiveConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(noise of the target, noise that the network sees) for a batch [B, C, …], from plain noise `eps`."""
     if config.pyramid_discount:

@@ -6,14 +6,25 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .optimizers import BETAS, OptimizerConfig, make_optimizer
+from .optimizers import BETAS, OptimizerConfig, ParameterGroup, adamw, make_optimizer, with_rates
 
 
-def build_optimizer(parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over fp32 parameters (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+def build_optimizer(
+    parameters: Sequence[Tensor], config: TrainConfig, others: Sequence[ParameterGroup] = ()
+) -> torch.optim.Optimizer:
+    """AdamW over fp32 parameters (Loshchilov and Hutter 2019, arXiv:1711.05101), `others` at their own rates."""
     if config.optimizer is not None:
-        return make_optimizer(parameters, config.optimizer, config.learning_rate)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=BETAS)
+        return make_optimizer(parameters, config.optimizer, config.learning_rate, others)
+    groups = with_rates(parameters, config.learning_rate, others)
+    return adamw(groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=BETAS)
+
+
+def rate_factors(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, others: Sequence[ParameterGroup]
+) -> list[float]:
+    """What the run's rate is multiplied by in each of the optimizer's groups."""
+    own = {id(p): other.learning_rate / config.learning_rate for other in others for p in other.parameters}
+    return [own.get(id(group["params"][0]), 1.0) for group in optimizer.param_groups]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -4,9 +4,9 @@ Both are part of `TrainConfig`; their defaults are the run without them.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ..schedules.prediction import Prediction
 from ..schedules.validate import require_choice
@@ -20,6 +20,8 @@ Space = Literal["native", "eps", "v", "x0", "velocity"]
 FlowMode = Literal["off", "graft", "bridge"]
 LossName = Literal["mse", "huber", "l1"]
 HuberSchedule = Literal["constant", "exponential", "snr"]
+MaskedLoss = Literal["off", "on", "normalized"]
+PriorOn = Literal["class_prompt", "outside_mask"]
 Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased", "p2", "sigma_sqrt", "cosmap"]
 MODE_SCALE_MAX = 2 / (math.pi - 2)
 """Largest scale of the mode density at which its quantile function still rises (arXiv:2403.03206, section 3.1)."""
@@ -99,6 +101,16 @@ class ObjectiveConfig:
     """The network sees noise with this much more of it than the target says; 0 is off."""
     ot_pairing: bool = False
     """Noises are exchanged within the batch, so that each goes to a near sample."""
+    masked_loss: MaskedLoss = "off"
+    """on: the error is weighted by the samples' masks. normalized: and divided by the mean weight of the sample."""
+    unmasked_weight: float = 0.0
+    """What the error outside the mask counts, in [0, 1]; 1 is as if there was no mask."""
+    prior_weight: float = 0.0
+    """What the difference to the network's answer without the adapter counts; 0 is off."""
+    prior_on: PriorOn = "class_prompt"
+    """Where nothing shall change: on another prompt, or outside the masks. See `training.prior`."""
+    prior_conditioning: Any = field(default=None, repr=False, compare=False)
+    """How the node hands that prompt over; `runtime.objective.prepare` takes it out, because it is data."""
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -106,10 +118,16 @@ class ObjectiveConfig:
         for name in ("graft_shift", "huber_c", "gamma", "max_weight"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
-        for name in ("offset_noise", "input_perturbation"):
+        for name in ("offset_noise", "input_perturbation", "prior_weight"):
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, name, value, "finite and >= 0")
         require(0 <= self.pyramid_discount < 1, "pyramid_discount", self.pyramid_discount, "in [0, 1)")
+        require(0 <= self.unmasked_weight <= 1, "unmasked_weight", self.unmasked_weight, "in [0, 1]")
+        if self.prior_weight:
+            allowed = "0 with flow 'graft', where the answer without the adapter is not a flow model's yet"
+            require(self.flow != "graft", "prior_weight", self.prior_weight, allowed)
+            allowed = "'on' or 'normalized' where prior_weight is above 0 and prior_on is 'outside_mask'"
+            require(self.prior_on != "outside_mask" or self.masked_loss != "off", "masked_loss", "'off'", allowed)
 
     def space(self, native: Prediction) -> Prediction:
         """Where the error is measured on a network with this prediction."""
@@ -122,6 +140,8 @@ _CHOICES = {
     "loss": get_args(LossName),
     "huber_schedule": get_args(HuberSchedule),
     "weighting": get_args(Weighting),
+    "masked_loss": get_args(MaskedLoss),
+    "prior_on": get_args(PriorOn),
 }
 
 

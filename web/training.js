@@ -7,7 +7,7 @@ import { Run } from "./run.js";
 export const TRAIN_NODE = "Tidetable_TrainLoRA";
 
 const MIN_WIDTH = 370;
-const MIN_HEIGHT = 210;
+const MIN_HEIGHT = 230;
 const MAX_KEPT = 50;
 
 /** Server's node id -> its latest run. */
@@ -17,7 +17,10 @@ const runAt = new Map();
 /** Node -> the function that draws its panel. */
 const panels = new WeakMap();
 
-/** Take one event: {node, prompt_id, step} and either {steps, loss, lr, grad_norm, seconds} or {validation_loss}. */
+/**
+ * Take one event: {node, prompt_id, step} and either {validation_loss, base, by_t} or {steps, loss, smooth, lr,
+ * grad_norm, seconds, speed, seconds_left, memory}.
+ */
 export function receive(event) {
   const id = String(event.node);
   let run = runs.get(id);
@@ -58,17 +61,20 @@ function keep(map, key, run) {
 
 export function addTrainingPanel(node) {
   const element = block("tidetable-training");
-  const [head, chart, foot] = ["tidetable-head", "tidetable-chart", "tidetable-foot"].map((name) => block(name));
+  const [head, facts, chart, foot] = ["head", "head", "chart", "foot"].map((name) => block(`tidetable-${name}`));
+  facts.classList.add("tidetable-quiet");
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("role", "img");
   chart.append(svg);
-  element.append(head, chart, foot);
+  element.append(head, facts, chart, foot);
 
   let planned = false;
   const draw = () => {
     planned = false;
     const run = runAt.get(placeOf(node));
     head.replaceChildren(...headOf(run));
+    facts.replaceChildren(...factsOf(run));
+    facts.hidden = !facts.childElementCount;
     foot.replaceChildren(...footOf(run));
     element.dataset.step = run?.step ?? "";
     svg.setAttribute("aria-label", `Training loss. ${head.textContent}. ${foot.textContent}`);
@@ -97,10 +103,20 @@ function headOf(run) {
   if (!run.steps) return [text(run.stopped ? "stopped" : "measuring the loss before training …")];
   const where = text(`step ${run.step} / ${run.steps}`);
   if (run.done) return [where, text(`done in ${clock(run.seconds)}`)];
-  const rate = text(`lr ${run.learningRate.toExponential(1)}`);
-  if (run.stopped) return [where, rate, text("stopped")];
-  const speed = run.speed();
-  return [where, rate, text(speed ? `${speed.toPrecision(2)} it/s, ${clock(run.secondsLeft())} left` : "")];
+  if (run.stopped) return [where, text("stopped")];
+  const { speed, seconds_left: left } = run.now;
+  return [where, text(speed ? `${short(speed)} it/s, ${clock(left)} left` : "")];
+}
+
+/** What is looked at when something is wrong: learning rate, gradient norm, memory. */
+function factsOf(run) {
+  const { lr, grad_norm: norm, memory } = run?.now ?? {};
+  const parts = [
+    Number.isFinite(lr) && `lr ${lr.toExponential(1)}`,
+    Number.isFinite(norm) && `gradient ${short(norm)}`,
+    Number.isFinite(memory) && `memory ${(memory / 1e9).toFixed(1)} GB`,
+  ];
+  return parts.filter(Boolean).map((part) => text(part));
 }
 
 /** The legend, with the latest numbers. */

@@ -33,7 +33,10 @@ CASE_PARAMETERS = [
 
 def build_case(name: str, **network: Any) -> comfy.model_patcher.ModelPatcher:
     """A MODEL of the family with random weights of unit gain, so that every layer has an effect on the output."""
-    case = CASES[name]
+    return build_network(CASES[name], **network)
+
+
+def build_network(case: Case, **network: Any) -> comfy.model_patcher.ModelPatcher:
     config = getattr(comfy.supported_models, case.config)({**case.network, **network})
     config.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")

@@ -132,10 +132,13 @@ LATENT = {
 }
 
 
-def zoo(name: str, keys: dict[str, torch.Tensor] | None = None) -> comfy.model_patcher.ModelPatcher:
-    """The family's MODEL with seeded random weights, in float32 on the CPU; `keys` are what its checkpoint holds."""
+def zoo(name: str, keys: dict[str, torch.Tensor] | None = None, **changed) -> comfy.model_patcher.ModelPatcher:
+    """The family's MODEL with seeded random weights, in float32 on the CPU; `keys` are what its checkpoint holds.
+
+    `changed` are fields of the network with other values than in `ZOO`.
+    """
     config_class, network = ZOO[name]
-    config = getattr(comfy.supported_models, config_class)(dict(network))
+    config = getattr(comfy.supported_models, config_class)({**network, **changed})
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(keys or {}, "", device=torch.device("cpu"))
     initialize(model.diffusion_model, seed=0)

@@ -12,7 +12,8 @@ from tidetable.runtime.encoded import EncodedSamples
 from tidetable.runtime.encoding import encode_dataset
 from tidetable.runtime.tiny_data import tiny_dataset
 from tidetable.runtime.trainable import training_session
-from tidetable.runtime.training import TrainingData, train_lora, training_data
+from tidetable.runtime.training import train_lora
+from tidetable.runtime.training_data import TrainingData, training_data
 from tidetable.tests.host.comparing import fingerprint, inference_copy
 from tidetable.tests.host.test_tiny import encode
 from tidetable.tests.host.test_training_run import cancelled, equal, run_folders, train

@@ -13,7 +13,7 @@ from tidetable.nodes.plots import PlotSchedules, PlotTraining
 from tidetable.runtime import canvas
 from tidetable.runtime.canvas import COLORS, linear_axis, log_axis
 from tidetable.runtime.model_sampling import patch_flow_shift, read_sampling
-from tidetable.runtime.plots import running_mean
+from tidetable.runtime.plots import _by_t_lines, running_mean
 from tidetable.schedules.curves import positions
 from tidetable.schedules.process import VP
 from tidetable.schedules.spacing import SPACINGS, flow_grid, table_grid
@@ -281,6 +281,18 @@ def test_a_full_record_has_all_panels():
         assert coverage(image, color, header=0.2).sum() > 20
 
 
+def test_validation_by_t_is_drawn_as_shares_of_what_it_was():
+    """Losses of any scale make the same panel, and one level that gets worse rises over one that gets better."""
+    record = {"loss": LOSSES, "validation_steps": [0, 50, 100], "validation_loss": [0.5, 0.4, 0.4]}
+    rows = {"validation_t": [0.1, 0.9], "validation_by_t": [[4.0, 0.1], [3.0, 0.11], [2.0, 0.14]]}
+    scaled = {**rows, "validation_by_t": [[40.0, 0.3], [30.0, 0.33], [20.0, 0.42]]}
+    image = plot_loss(768, 768, **record, **rows)
+    assert torch.equal(image, plot_loss(768, 768, **record, **scaled))
+    assert not torch.equal(image, plot_loss(768, 768, **record))
+    lines = _by_t_lines({**record, **rows})
+    assert [line.y[-1] for line in lines] == pytest.approx([1.0, 0.5, 1.4])
+
+
 def test_cores_loss_map_of_tensors_is_the_same_picture():
     assert torch.equal(
         plot_loss(loss=LOSSES), plot_loss(loss=[torch.tensor(value, dtype=torch.float64) for value in LOSSES])
@@ -347,6 +359,16 @@ def test_the_running_mean_is_a_mean():
         (
             {"loss": [0.1], "validation_steps": [1], "validation_loss": []},
             "validation_loss has 0 values but validation_s",
+        ),
+        (
+            {
+                "loss": [0.1],
+                "validation_steps": [0, 1],
+                "validation_loss": [1, 1],
+                "validation_t": [0.5, 0.9],
+                "validation_by_t": [[1.0, 1.0], [1.0]],
+            },
+            "a row of validation_by_t has 1 values but validation_t has 2",
         ),
         ({"loss": [0.1], "validation_base": "low"}, "validation_base must hold numbers, got str"),
     ],

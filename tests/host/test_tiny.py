@@ -125,7 +125,9 @@ def test_a_data_set_that_does_not_exist_is_refused(which, count):
 
 
 def test_an_unknown_model_is_refused_with_the_names_there_are():
-    with pytest.raises(ValueError, match="no embedded model 'sdxl': choose one of unet-eps, unet-v, mmdit-flow"):
+    with pytest.raises(
+        ValueError, match="no embedded model 'sdxl': choose one of unet-eps, unet-v, mmdit-flow, unet-graft"
+    ):
         tiny.load_tiny("sdxl")
 
 

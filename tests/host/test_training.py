@@ -1,5 +1,7 @@
 """Training on real ComfyUI models: what the network is asked, what it leaves behind, and what comes out."""
 
+from dataclasses import asdict
+
 import comfy.model_management
 import nodes as host_nodes
 import pytest
@@ -105,12 +107,14 @@ def test_captions_of_different_length_are_each_right(model, data):
 
 
 def test_gradients_agree_with_finite_differences(model, data):
-    from tidetable.training.adapters import LoRANetwork, select_targets
+    from tidetable.training.adapter_kinds import AdapterNetwork
+    from tidetable.training.adapter_settings import AdapterConfig
+    from tidetable.training.adapters import select_targets
 
     with training_session(model) as denoiser:
         dataset = denoiser.dataset(data[0].samples()[:2], data[0].positive[:2])
         layers = select_targets(dict(denoiser.real.diffusion_model.named_modules()), "linear_conv")
-        network = LoRANetwork(layers, LORA, denoiser.device)
+        network = AdapterNetwork(layers, AdapterConfig(**asdict(LORA)), denoiser.device)
         generator = torch.Generator().manual_seed(0)
         for adapter in network.adapters.values():
             adapter.up.data = 0.05 * torch.randn(adapter.up.shape, generator=generator)
@@ -165,7 +169,9 @@ def test_a_saved_lora_in_the_stock_loader_equals_the_trained_model(model, data):
 def test_the_bypass_that_was_trained_equals_the_weights_that_are_saved(model, data):
     """The loss with hooks in training equals the loss of the result with nothing but patched weights."""
     from tidetable.runtime.lora_keys import to_lora_model
-    from tidetable.training.adapters import LoRANetwork, select_targets
+    from tidetable.training.adapter_kinds import AdapterNetwork
+    from tidetable.training.adapter_settings import AdapterConfig
+    from tidetable.training.adapters import select_targets
 
     def held_out_loss(denoiser):
         dataset = denoiser.dataset(data[0].samples()[:4], data[0].positive[:4])
@@ -176,7 +182,7 @@ def test_the_bypass_that_was_trained_equals_the_weights_that_are_saved(model, da
 
     with training_session(model) as denoiser:
         layers = select_targets(dict(denoiser.real.diffusion_model.named_modules()), "linear_conv")
-        network = LoRANetwork(layers, LORA, denoiser.device)
+        network = AdapterNetwork(layers, AdapterConfig(**asdict(LORA)), denoiser.device)
         generator = torch.Generator().manual_seed(0)
         for adapter in network.adapters.values():
             adapter.up.data = 0.1 * torch.randn(adapter.up.shape, generator=generator)

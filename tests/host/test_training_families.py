@@ -9,7 +9,9 @@ from tidetable.runtime.trainable import training_session
 from tidetable.runtime.training import TrainingData, train_lora
 from tidetable.tests.host.comparing import fingerprint, inference_copy
 from tidetable.tests.host.model_zoo import LATENT, ZOO, zoo
-from tidetable.training.adapters import LoRANetwork, select_targets
+from tidetable.training.adapter_kinds import AdapterNetwork
+from tidetable.training.adapter_settings import AdapterConfig
+from tidetable.training.adapters import select_targets
 from tidetable.training.config import LoRAConfig, TrainConfig
 from tidetable.training.objective import loss_for_batch
 
@@ -42,7 +44,7 @@ def loss_of(denoiser, dataset):
 
 def adapters(denoiser, scale: float):
     layers = select_targets(dict(denoiser.real.diffusion_model.named_modules()), "attention_mlp")
-    network = LoRANetwork(layers, LoRAConfig(rank=4, lora_alpha=4.0), denoiser.device)
+    network = AdapterNetwork(layers, AdapterConfig(rank=4, lora_alpha=4.0), denoiser.device)
     generator = torch.Generator().manual_seed(2)
     for adapter in network.adapters.values():
         adapter.up.data = scale * torch.randn(adapter.up.shape, generator=generator)

@@ -1,11 +1,15 @@
 """The guard on a real model that learns something: the tiny diffusion transformer on negatives of its own pictures."""
 
+from dataclasses import asdict
+
 import torch
 
 from tidetable.runtime import tiny
 from tidetable.runtime.trainable import training_session
 from tidetable.tests.host.training_runs import LORA, dataset
-from tidetable.training.adapters import LoRANetwork, select_targets
+from tidetable.training.adapter_kinds import AdapterNetwork
+from tidetable.training.adapter_settings import AdapterConfig
+from tidetable.training.adapters import select_targets
 from tidetable.training.config import TrainConfig
 from tidetable.training.data import Dataset
 from tidetable.training.engine import Trainer
@@ -21,7 +25,7 @@ def held_out_losses(data, guard: Guard | None, poison_at: int) -> tuple[float, f
     """Validation loss before and after, and skipped steps; after step `poison_at` (0: never) one latent is broken."""
     with training_session(tiny.load_tiny_model("mmdit-flow")) as denoiser:
         layers = select_targets(dict(denoiser.real.diffusion_model.named_modules()), LORA.targets)
-        network = LoRANetwork(layers, LORA, denoiser.device)
+        network = AdapterNetwork(layers, AdapterConfig(**asdict(LORA)), denoiser.device)
         whole = denoiser.dataset([-sample for sample in data.samples()], data.positive)
         parts = [Dataset(list(whole.latents[rows]), whole.conditions[rows]) for rows in (slice(12), slice(12, None))]
         trainer = Trainer(CONFIG, denoiser, network.trainable(), *parts, guard)

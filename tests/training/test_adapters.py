@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tidetable.training.adapters import LoRANetwork, delta_weight, select_targets
-from tidetable.training.config import LoRAConfig
+from tidetable.training.adapter_kinds import AdapterNetwork
+from tidetable.training.adapter_settings import AdapterConfig
+from tidetable.training.adapters import select_targets
 
 
 def network():
@@ -23,7 +24,7 @@ def network():
 
 
 def adapters(layers, **settings):
-    return LoRANetwork(layers, LoRAConfig(**{"rank": 2, "lora_alpha": 3.0, **settings}), torch.device("cpu"))
+    return AdapterNetwork(layers, AdapterConfig(**{"rank": 2, "lora_alpha": 3.0, **settings}), torch.device("cpu"))
 
 
 def randomize(lora):
@@ -57,7 +58,7 @@ def test_bypass_equals_the_changed_weight(kind):
     with lora.installed():
         bypass = layer(x)
     weight = layer.weight.data.clone()
-    layer.weight.data += delta_weight(lora.adapters["layer"])
+    layer.weight.data += lora.adapters["layer"].delta()
     assert torch.allclose(bypass, layer(x), atol=1e-5)
     layer.weight.data = weight
 

@@ -72,6 +72,22 @@ def test_gradients_are_clipped_to_the_norm():
     assert math.isclose(run.denoiser.center.grad.norm().item(), 0.01, rel_tol=1e-3)
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1e9])
+def test_clipping_is_torchs(limit):
+    run = trainer(max_grad_norm=limit)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), ())]
+    run.parameters = [*parameters, torch.nn.Parameter(torch.zeros(2))]  # the last one gets no gradient
+    for index, parameter in enumerate(parameters):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+    expected = [torch.nn.Parameter(torch.zeros_like(p)) for p in parameters]
+    for parameter, other in zip(parameters, expected, strict=True):
+        other.grad = parameter.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(expected, limit or float("inf"))
+    assert math.isclose(run._clip_gradients(), norm.item(), rel_tol=1e-6)
+    for parameter, other in zip(parameters, expected, strict=True):
+        assert torch.allclose(parameter.grad, other.grad, rtol=1e-5)
+
+
 def test_warmup_rises_and_cosine_falls_to_zero():
     config = TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0)
     rates = [learning_rate(step, config) for step in range(100)]

@@ -10,7 +10,7 @@ from tidetable.tests.training.solvable import CENTER, PointDenoiser, point_datas
 from tidetable.training.config import TrainConfig, with_optimizer
 from tidetable.training.engine import Trainer
 from tidetable.training.optim import MovingAverage, learning_rate
-from tidetable.training.optimizers import OptimizerConfig, course, find_class
+from tidetable.training.optimizers import BETAS, OptimizerConfig, adamw, course, find_class
 
 
 SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "rex")
@@ -100,6 +100,19 @@ def test_the_state_goes_through_a_file_and_the_run_goes_on_bit_for_bit(name):
         target.data.copy_(source)
     advance(again, restored, 3)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_the_fused_pass_of_adamw_is_adamw_and_a_device_without_one_gets_the_plain_one():
+    gradients = torch.randn(20, 7, generator=torch.Generator().manual_seed(0))
+    plain, ours = (torch.nn.Parameter(torch.ones(7)) for _ in range(2))
+    settings = {"lr": 0.1, "betas": BETAS, "weight_decay": 0.01}
+    optimizers = torch.optim.AdamW([plain], foreach=False, **settings), adamw([ours], **settings)
+    for gradient in gradients:
+        for parameter, optimizer in zip((plain, ours), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert optimizers[1].defaults["fused"] and torch.allclose(plain, ours, rtol=1e-5, atol=1e-6)
+    assert not adamw([torch.nn.Parameter(torch.ones(7, device="meta"))], **settings).defaults["fused"]
 
 
 def test_k_batches_of_b_are_one_batch_of_k_times_b():

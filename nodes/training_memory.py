@@ -1,0 +1,52 @@
+"""What a training run trades for memory: the settings of Train LoRA's input `memory`."""
+
+from comfy_api.latest import io
+
+from ..runtime.training import MemoryConfig
+
+
+_MEMORY = MemoryConfig()
+MemorySettings = io.Custom("TIDETABLE_TRAINING_MEMORY")
+
+
+class TrainingMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="Tidetable_TrainingMemory",
+            display_name="Training Memory",
+            category="Tidetable/training",
+            description=(
+                "Trades time for memory in training. With gradient checkpointing every block of the network keeps only "
+                "its inputs and is computed a second time in the backward pass. What is learned stays the same."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "gradient_checkpointing",
+                    options=["off", "blocks"],
+                    default=_MEMORY.gradient_checkpointing,
+                    tooltip=(
+                        "blocks: every block is recomputed in the backward pass, about a third more time for a "
+                        "fraction of the memory. off: everything is kept."
+                    ),
+                ),
+                io.Int.Input(
+                    "every",
+                    default=_MEMORY.every,
+                    min=1,
+                    max=100,
+                    tooltip=(
+                        "Every so many blocks one is recomputed, the others are kept. 0 is not possible; 1, all of "
+                        "them, is typical, 2 or 3 where memory is left."
+                    ),
+                ),
+            ],
+            outputs=[MemorySettings.Output(display_name="memory", tooltip="For the input 'memory' of Train LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, gradient_checkpointing: str, every: int) -> io.NodeOutput:
+        return io.NodeOutput(MemoryConfig(gradient_checkpointing=gradient_checkpointing, every=every))
+
+
+NODES: list[type[io.ComfyNode]] = [TrainingMemory]

@@ -1,0 +1,26 @@
+"""What a run trades for memory. None of it changes what is learned."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .recipe import require
+
+
+Checkpointing = Literal["off", "blocks"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig:
+    """The one home of the defaults of Training Memory. Every field is checked when the object is made."""
+
+    gradient_checkpointing: Checkpointing = "off"
+    """"blocks": a block of the network keeps its inputs only, and is computed once more in backward."""
+    every: int = 1
+    """Of the blocks, every so many is recomputed, the others are kept; at least 1."""
+
+    def __post_init__(self):
+        known = ("off", "blocks")
+        require(
+            self.gradient_checkpointing in known, "gradient_checkpointing", self.gradient_checkpointing, "off or blocks"
+        )
+        require(self.every >= 1, "every", self.every, "at least 1")
