@@ -175,3 +175,35 @@ def test_images_of_the_graph_pair_with_captions_and_masks():
         images_dataset([batch], ["a"], [torch.rand(3, 8, 8)])
     with pytest.raises(ValueError, match="there are no images"):
         images_dataset([torch.rand(0, 8, 8, 3)], [])
+
+
+def test_a_folder_is_trained_on_from_a_queued_prompt(client, comfy_server, object_info):
+    """Folder → cache → LoRA file on a real server; the same again encodes nothing, a new file is noticed."""
+    folder = next(comfy_server.base_directory.rglob("input")) / "queued_pictures"
+    write_glyphs(folder, 6, size=(256, 256))
+
+    def node(kind, /, **inputs):
+        specs = {**object_info[kind]["input"].get("required", {}), **object_info[kind]["input"].get("optional", {})}
+        defaults = {key: spec[1]["default"] for key, spec in specs.items() if len(spec) > 1 and "default" in spec[1]}
+        combos = {key: spec[0][0] for key, spec in specs.items() if isinstance(spec[0], list) and spec[0]}
+        return {"class_type": kind, "inputs": {**combos, **defaults, **inputs}}
+
+    prompt = {
+        "1": node("Tidetable_LoadTinyModel", name="unet-v"),
+        "2": node("Tidetable_DatasetFolder", folder="queued_pictures"),
+        "3": node("Tidetable_CaptionVariations", trigger="sks"),
+        "4": node(
+            "Tidetable_EncodeDataset", dataset=["2", 0], vae=["1", 2], clip=["1", 1], captions=["3", 0],
+            cache_name="queued", resolution=256,
+        ),
+        "5": node("Tidetable_TrainLoRA", model=["1", 0], dataset=["4", 0], steps=4, batch_size=2, rank=2),
+        "6": node("Tidetable_SaveLoRA", lora=["5", 1], filename_prefix="tests/dataset"),
+        "7": node("PreviewAny", source=["4", 1]),
+    }  # fmt: skip
+    done = client.run(prompt)
+    assert done.outputs["6"]["text"][0].startswith("tests/dataset")
+    assert "encoded now: 6 latents" in done.outputs["7"]["text"][0]
+    write_glyphs(folder / "more", 2, seed=4, size=(256, 256))
+    again = client.run(prompt)
+    assert "encoded now: 2 latents" in again.outputs["7"]["text"][0]
+    assert "6 latents were in the cache" in again.outputs["7"]["text"][0]

@@ -16,6 +16,7 @@ from tidetable.runtime.training import train_lora
 from tidetable.runtime.training_data import TrainingData, training_data
 from tidetable.tests.host.comparing import fingerprint, inference_copy
 from tidetable.tests.host.test_tiny import encode
+from tidetable.tests.host.test_training_run import cancelled, equal, run_folders, train
 from tidetable.tests.host.training_runs import LORA
 from tidetable.training.config import TrainConfig
 from tidetable.training.dataset.buckets import BucketConfig
@@ -102,3 +103,19 @@ def test_variants_and_flips_are_rows_of_an_epoch_and_held_out_pictures_are_not_t
         for latent in held.latents:
             assert not any(torch.equal(latent, other) or torch.equal(latent.flip(-1), other) for other in trained)
         assert sum(torch.equal(trained[0], other.flip(-1)) for other in trained) >= 3
+
+
+def test_a_cancelled_run_on_a_cache_goes_on_bit_for_bit_and_other_data_is_another_run(model, tools, monkeypatch):
+    config = replace(CONFIG, steps=6, validate_every=0)
+    with torch.inference_mode():
+        _, pictures = from_graph(*tools, 6)
+        encoded = encode_dataset(pictures, *tools, "resume", SMALL, CaptionConfig(trigger="sks"))
+        other = encode_dataset(pictures, *tools, "resume", SMALL)
+    data = training_data(None, None, None, 20, encoded)
+    with torch.inference_mode():
+        complete = train_lora(model, data, config, LORA)
+    cancelled(model, data, 3, monkeypatch, config)
+    assert equal(train(model, data, config), complete)
+    assert len(run_folders()) == 1
+    train(model, training_data(None, None, None, 20, other), config)
+    assert len(run_folders()) == 2

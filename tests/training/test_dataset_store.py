@@ -201,10 +201,10 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 def test_resident_memory_is_flat_over_an_epoch(tmp_path):
-    """256 MB of records go by; what stays resident is below a fixed part of it, and does not grow."""
+    """512 MB of records go by; what stays resident is below a fixed part of it, and does not grow."""
     big = torch.arange(256 * 1024, dtype=torch.float32).reshape(4, 256, 256)
     with ShardWriter(tmp_path, "latents") as writer:
-        for place in range(256):
+        for place in range(512):
             writer.add(f"key {place:04}", {"latent": big + place})
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT, str(loading.ROOT), str(tmp_path)], capture_output=True, text=True, check=True

@@ -12,6 +12,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,10 @@ class Store:
                 self.damaged.append((path, str(error)))
 
     def read(self, key: str) -> Any:
-        """The nest under a key. KeyError where there is none; DamagedShardError where its shard is gone."""
+        """The nest under a key, the same one at each call: copy what you change.
+
+        KeyError where there is none; DamagedShardError where its shard is gone.
+        """
         place = self.places[key]
         shard = self._shards.get(place.name) or self._open(place)
         self._read_bytes += place.nbytes
@@ -162,7 +166,10 @@ class Store:
             self._read_bytes = 0
             for opened in self._shards.values():
                 _advise(opened.map, "MADV_DONTNEED")
-        return _build(place.value, shard.view)
+        nest = shard.nests.get(key)
+        if nest is None:
+            nest = shard.nests[key] = _build(place.value, shard.view)
+        return nest
 
     def is_whole(self, key: str) -> bool:
         """Whether the bytes are those that were written."""
@@ -197,6 +204,8 @@ class _Shard:
         _advise(self.map, "MADV_RANDOM")  # else the system reads ahead, many times what is asked for
         self.bases: dict[torch.dtype, Tensor] = {}
         """The whole file as each dtype that it has."""
+        self.nests: dict[str, Any] = {}
+        """Views of the records read so far, by key: some hundred bytes each, as the index has too."""
 
     def view(self, leaf: Leaf) -> Tensor:
         base = self.bases.get(leaf.dtype)
@@ -211,11 +220,10 @@ class _Shard:
         return base.as_strided(leaf.shape, leaf.strides, leaf.first // size)
 
 
-def set_aside(path: Path) -> Path:
-    """Give a damaged shard a name that is not read again."""
-    target = path.with_suffix(".damaged")
-    path.rename(target)
-    return target
+def set_aside(path: Path) -> None:
+    """Give a damaged shard a name that is not read again. Another process may have done so just now."""
+    with suppress(FileNotFoundError):
+        path.replace(path.with_suffix(".damaged"))
 
 
 def _age(path: Path) -> tuple[int, str]:
