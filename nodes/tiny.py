@@ -2,8 +2,10 @@
 
 from comfy_api.latest import io
 
+from ..runtime.dataset import images_dataset
 from ..runtime.tiny import TINY_MODELS, load_tiny
 from ..runtime.tiny_data import DATASETS, MAX_COUNT, tiny_dataset
+from .dataset import DatasetSocket
 
 
 class LoadTinyModel(io.ComfyNode):
@@ -81,12 +83,16 @@ class TinyDataset(io.ComfyNode):
             outputs=[
                 io.Image.Output(display_name="images"),
                 io.String.Output(display_name="captions", is_output_list=True),
+                DatasetSocket.Output(
+                    display_name="dataset", tooltip="The same pictures and captions for Encode Dataset."
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, which: str, count: int, seed: int) -> io.NodeOutput:
-        return io.NodeOutput(*tiny_dataset(which, count, seed))
+        images, captions = tiny_dataset(which, count, seed)
+        return io.NodeOutput(images, captions, images_dataset([images], captions)[0])
 
 
 NODES: list[type[io.ComfyNode]] = [LoadTinyModel, TinyDataset]
