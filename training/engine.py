@@ -13,7 +13,7 @@ from .checkpoint import clone
 from .config import TrainConfig
 from .data import BatchOrder, Dataset, row_noise, step_generator
 from .distributed import World, parts
-from .events import Event, StepDone
+from .events import Event, Notice, StepDone
 from .guard import Guard
 from .noise import shape_noise, shapes_noise
 from .optim import MovingAverage, build_optimizer, learning_rate, rate_factors
@@ -26,6 +26,11 @@ from .validation import validate
 
 MAX_SKIPPED = 20
 """Consecutive steps without a finite gradient after which the run is given up."""
+OUT_OF_MEMORY = (
+    "out of memory with one sample at once; what was learned is saved. What helps, most first: Training Memory with "
+    "gradient_checkpointing 'blocks' (a third of the memory for activations), pictures of half the area (half of it), "
+    "targets 'attention' and a lower rank (the optimizer's part), and closing what else uses the graphics card"
+)
 
 
 class Trainer:
@@ -78,6 +83,9 @@ class Trainer:
         self.adapter: AdapterNetwork | None = None
         """Where the parameters are an adapter's with dropout or a limit on its norm."""
         self.guard = guard
+        self.rows_at_once = config.batch_size // self.world.size
+        """Samples of a forward pass; fewer once memory ran out, with the same batch in each step."""
+        self.notices: list[Notice] = []
         self.step = 0
         self.skipped = 0
         self.rate_scale = 1.0
@@ -94,14 +102,17 @@ class Trainer:
             yield self._validate()
         while self.step < self.config.steps:
             yield self.train_step()
-            if self.guard is not None:
-                while self.guard.notices:
-                    yield self.guard.notices.pop(0)
+            yield from self._noticed()
             if self._validation_is_due():
                 yield self._validate()
         self.finish()
         if self.held_out is not None:
             yield self._validate()
+
+    def _noticed(self) -> Iterator[Notice]:
+        for notices in (self.notices, self.guard.notices if self.guard is not None else []):
+            while notices:
+                yield notices.pop(0)
 
     def finish(self) -> None:
         """Put the moving average in place of the last weights, where there is one. Safe to call twice."""
@@ -175,7 +186,7 @@ class Trainer:
         for group, factor in zip(self.optimizer.param_groups, self.rate_factors, strict=True):
             group["lr"] = rate * factor
         set_training_mode(self.optimizer, True)
-        loss = self._forward_backward(step_generator(self.config.seed, self.step)).item()
+        loss = self._gradients().item()
         norm = self._clip_gradients()
         healthy = math.isfinite(norm) and math.isfinite(loss)
         if self.guard is not None:
@@ -200,6 +211,21 @@ class Trainer:
             self.guard.after_step(self, healthy)
         return StepDone(self.step, self.config.steps, loss, rate, norm, not healthy)
 
+    def _gradients(self) -> Tensor:
+        """`_forward_backward`, again with half as many samples at once where memory runs out."""
+        while True:
+            try:
+                return self._forward_backward(step_generator(self.config.seed, self.step))
+            except torch.OutOfMemoryError as error:
+                if self.rows_at_once == 1 or self.world.size > 1:  # the others would wait for this one
+                    raise torch.OutOfMemoryError(f"{OUT_OF_MEMORY} ({error})") from error
+            # Here the error is gone, and with it what it kept alive.
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            before, self.rows_at_once = self.rows_at_once, -(-self.rows_at_once // 2)
+            text = f"out of memory with {before} samples at once: going on with {self.rows_at_once}, and the same batch"
+            self.notices.append(Notice(self.step, f"{text} of {self.config.batch_size} in each step"))
+
     def _forward_backward(self, generator: torch.Generator) -> Tensor:
         """Gradients of a whole batch, and its mean loss; this process goes through its own share of the rows."""
         rows = self.order.indices(self.step)
@@ -220,7 +246,7 @@ class Trainer:
         dropout = nullcontext() if self.adapter is None else self.adapter.dropout(self.step)
         total = torch.zeros((), device=x0.device)
         with dropout, self.denoiser.gradient_context():
-            for part in parts(len(x0), self.config.batch_size // self.world.size):
+            for part in parts(len(x0), self.rows_at_once):
                 batch = rows[share][part], x0[part], conditions[part], eps[part], t[part], seen[part]
                 for term in self.terms.names:
                     loss = self.loss(term, *batch).sum() / len(x0)

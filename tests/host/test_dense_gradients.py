@@ -1,4 +1,4 @@
-"""An adapter's gradients against plain PyTorch: of the dense weights it stands for, by the chain rule, in each dtype."""
+"""An adapter's gradients against plain PyTorch: those of the dense weights, by the chain rule, and in each dtype."""
 
 import pytest
 import torch

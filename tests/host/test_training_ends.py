@@ -73,13 +73,16 @@ ENDS = {
 
 @contextmanager
 def at_forward(model, number, happens):
-    """Something happens inside the forward pass of this number (1-based), in a layer in the middle of the network."""
+    """Something happens in the forward pass of this number (1-based), in a layer in the middle of the network.
+
+    Memory that ran out stays so: with less to do at once it is the same again.
+    """
     layers = [m for m in model.model.diffusion_model.modules() if type(m).__name__ == "Linear"]
     calls = []
 
     def hook(*_):
         calls.append(1)
-        if len(calls) == number:
+        if len(calls) == number or (happens is run_out and len(calls) > number):
             happens()
 
     handle = layers[len(layers) // 2].register_forward_pre_hook(hook)
