@@ -35,15 +35,19 @@ def with_masks_and_prior(
             ]
     prompt = empty if objective.prior_conditioning is None else objective.prior_conditioning
     if objective.prior_weight and objective.prior_on == "class_prompt":
-        if denoiser.resolve is not None:
-            raise ValueError(
-                f"prior_weight is {objective.prior_weight}, but prior_conditioning was encoded before this run, which"
-                " trains the text encoder too: use prior_on 'outside_mask', or leave text_encoder unconnected"
-            )
         if prompt is not None:
             with torch.no_grad():
                 conditions = prior_rows(denoiser, dataset.latents, prompt)
     return replace(dataset, masks=masks, prior_conditions=conditions)
+
+
+def refuse_encoded_prompt(objective: ObjectiveConfig) -> None:
+    """For runs that train the text encoder. ValueError where a prompt of the objective would not follow it."""
+    if objective.prior_weight and objective.prior_on == "class_prompt":
+        raise ValueError(
+            f"prior_weight is {objective.prior_weight}, but prior_conditioning was encoded before this run, which"
+            " trains the text encoder too: use prior_on 'outside_mask', or leave text_encoder unconnected"
+        )
 
 
 def prior_rows(denoiser: ComfyDenoiser, latents: Sequence[Tensor], prompt: list | tuple) -> list[Row]:

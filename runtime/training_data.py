@@ -9,7 +9,7 @@ from ..training.data import Dataset
 from ..training.dataset.encoded import EncodedDataset
 from ..training.recipe import ObjectiveConfig
 from .encoded import encoded_datasets, largest_latent
-from .masked import with_masks_and_prior
+from .masked import refuse_encoded_prompt, with_masks_and_prior
 from .preflight import check_latents
 from .progress import TrainingReporter
 from .text_encoder import LiveText
@@ -90,6 +90,7 @@ def datasets_of(
     dataset = denoiser.dataset(samples, data.positive, data.negative)
     check_latents(samples, dataset.latents, reporter)
     if text is not None:
+        refuse_encoded_prompt(objective)
         dataset = text.dataset(dataset, data.positive, data.negative)
     dataset = with_masks_and_prior(denoiser, dataset, data.latents, data.negative, objective)
     return split_held_out(dataset, data.validation_percent)
