@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ..training.adapter_settings import AdapterConfig
 from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.dataset.encoded import EncodedDataset, EncodedPicture
-from ..training.distributed import World
+from ..training.distributed import World, leave
 from ..training.settings_text import from_toml, to_toml
 from .headless import model_of, upstream
 from .saving import save_lora_model
@@ -127,11 +127,10 @@ def run_file(path: Path) -> None:
         name = run_job(read_job(path), path.parent)
     except ValueError as error:
         sys.exit(f"{path.name}: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     if name:
         logger.info("saved %s", name)
+    if dist.is_initialized():
+        leave()
 
 
 def join() -> None:

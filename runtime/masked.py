@@ -34,10 +34,9 @@ def with_masks_and_prior(
                 for number, (mask, latent) in enumerate(zip(found, dataset.latents, strict=True), 1)
             ]
     prompt = empty if objective.prior_conditioning is None else objective.prior_conditioning
-    if objective.prior_weight and objective.prior_on == "class_prompt":
-        if prompt is not None:
-            with torch.no_grad():
-                conditions = prior_rows(denoiser, dataset.latents, prompt)
+    if objective.prior_weight and objective.prior_on == "class_prompt" and prompt is not None:
+        with torch.no_grad():
+            conditions = prior_rows(denoiser, dataset.latents, prompt)
     return replace(dataset, masks=masks, prior_conditions=conditions)
 
 

@@ -4,6 +4,7 @@ All that is random is drawn for the whole batch in every process and then cut, a
 that of all processes together. So the number of processes changes nothing but the order of floating-point sums.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,13 @@ class World:
 
     def averaged(self, loss: Callable[..., Tensor], parameters: Sequence[Tensor]) -> "Averaged":
         return Averaged(loss, parameters, self)
+
+
+def leave() -> None:
+    """The end of a process group, when all its processes are there: none takes the connection from another's feet."""
+    dist.barrier()
+    gc.collect()  # DDP's reducer before the threads that it uses
+    dist.destroy_process_group()
 
 
 class Averaged:

@@ -23,6 +23,7 @@ from tidetable.tests.training.solvable import PointDenoiser  # noqa: E402
 from tidetable.training.checkpoint import read_newest, write_checkpoint  # noqa: E402
 from tidetable.training.config import TrainConfig, with_optimizer  # noqa: E402
 from tidetable.training.data import Dataset  # noqa: E402
+from tidetable.training.distributed import leave  # noqa: E402
 from tidetable.training.engine import Trainer  # noqa: E402
 from tidetable.training.events import StepDone, Validated  # noqa: E402
 from tidetable.training.optimizers import OptimizerConfig  # noqa: E402
@@ -75,7 +76,7 @@ def main() -> None:
         write_checkpoint(Path(folder), trainer.step, {"trainer": trainer.state(), "losses": losses,
                          "validations": validations, "batches": network.batches}, 9)  # fmt: skip
     if size > 1:
-        dist.destroy_process_group()
+        leave()
 
 
 if __name__ == "__main__":

@@ -106,13 +106,13 @@ def test_the_fused_pass_of_adamw_is_adamw_and_a_device_without_one_gets_the_plai
     gradients = torch.randn(20, 7, generator=torch.Generator().manual_seed(0))
     plain, ours = (torch.nn.Parameter(torch.ones(7)) for _ in range(2))
     settings = {"lr": 0.1, "betas": BETAS, "weight_decay": 0.01}
-    optimizers = torch.optim.AdamW([plain], foreach=False, **settings), adamw([ours], **settings)
+    optimizers = torch.optim.AdamW([plain], foreach=False, **settings), adamw([{"params": [ours]}], **settings)
     for gradient in gradients:
         for parameter, optimizer in zip((plain, ours), optimizers, strict=True):
             parameter.grad = gradient.clone()
             optimizer.step()
     assert optimizers[1].defaults["fused"] and torch.allclose(plain, ours, rtol=1e-5, atol=1e-6)
-    assert not adamw([torch.nn.Parameter(torch.ones(7, device="meta"))], **settings).defaults["fused"]
+    assert not adamw([{"params": [torch.nn.Parameter(torch.ones(7, device="meta"))]}], **settings).defaults["fused"]
 
 
 def test_k_batches_of_b_are_one_batch_of_k_times_b():
