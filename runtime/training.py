@@ -5,9 +5,11 @@ node-level inputs to a `Trainer`, its events to the user, its result to MODEL an
 
 import json
 import logging
+import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -150,13 +152,27 @@ def run_or_rescue(
             reporter(event)
     except BaseException:  # cancelling is a BaseException in newer ComfyUI
         if trainer.step:
-            _rescue(trainer, current, keeper)
+            with undisturbed():
+                _rescue(trainer, current, keeper)
         else:
             logger.warning("training stopped before its first step was done: there is nothing to save")
         raise
     finally:
         if keeper is not None:
             keeper.close()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """A request to end that comes now has been heard: torchrun sends SIGTERM when this process's rescue has begun."""
+    if threading.current_thread() is not threading.main_thread():  # in ComfyUI, where SIGTERM is not ours
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _rescue(trainer: Trainer, current: Callable[[], LoRAModel], keeper: RunKeeper | None) -> None:

@@ -119,7 +119,10 @@ def test_an_example_workflow_runs(client, object_info, path: Path):
     result = client.run(prompt, workflow=workflow)
     assert client.history(result.prompt_id)["status"]["status_str"] == "success"
     images = result.images()
-    assert images
+    prefixes = [n["inputs"]["filename_prefix"] for n in prompt.values() if n["class_type"] == "Tidetable_SaveLoRA"]
+    loras = client.get("/models/loras")
+    assert images or prefixes
+    assert all(any(name.startswith(prefix) for name in loras) for prefix in prefixes), loras
     for image in images:
         picture = Image.open(io.BytesIO(client.fetch(image)))
         picture.load()

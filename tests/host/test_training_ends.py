@@ -13,7 +13,7 @@ import torch
 from comfy.model_management import InterruptProcessingException
 from safetensors.torch import load_file
 
-from tidetable.runtime import paths, tiny
+from tidetable.runtime import paths, tiny, training
 from tidetable.runtime.saving import save_lora_model
 from tidetable.runtime.trainable import ComfyDenoiser
 from tidetable.runtime.training import AdapterConfig, TrainingData, train_lora
@@ -171,6 +171,29 @@ def test_a_cancel_before_the_first_step_is_said(data, caplog):
     with at_forward(model, 1, fail), pytest.raises(RuntimeError):
         train(model, data)
     assert loras() == known and "stopped before its first step was done: there is nothing to save" in caplog.text
+
+
+def test_a_request_to_end_that_comes_while_what_was_learned_is_saved_loses_nothing(data, monkeypatch):
+    """One process of several dies: the others' gradients fail, they begin to save, and torchrun ends them."""
+    asked, known = [], loras()
+
+    def stop(number, frame):
+        raise SystemExit("stopped")
+
+    def disturbed(*args):
+        asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        return paths.save_lora(*args)
+
+    monkeypatch.setattr(training, "save_lora", disturbed)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        model = tiny.load_tiny_model("unet-v")
+        with at_forward(model, 3, fail), pytest.raises(RuntimeError, match="a kernel failed"):
+            train(model, data)
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert asked and len(loras() - known) == 1
 
 
 def test_steps_below_the_checkpoint_return_what_was_learned_with_an_average_in_main_memory(data):
