@@ -47,9 +47,15 @@ def unproven(network: nn.Module) -> str:
     return ""
 
 
+def untested_offload(denoiser: ComfyDenoiser) -> str:
+    """Why weights that are cast from main memory are not known to have right gradients; "" where there are none."""
+    away = any(parameter.device != denoiser.device for parameter in denoiser.real.diffusion_model.parameters())
+    return f"its weights are cast from main memory to {denoiser.device}, which is tested on a CPU only" if away else ""
+
+
 def require_right_gradients(denoiser: ComfyDenoiser, trainer: Trainer) -> None:
     """Prove them on the first batch where they are not known to be right. ValueError where they are wrong."""
-    reason = unproven(denoiser.real.diffusion_model)
+    reason = unproven(denoiser.real.diffusion_model) or untested_offload(denoiser)
     if not reason or trainer.step >= trainer.config.steps:
         return
     real = denoiser.real
@@ -66,8 +72,8 @@ def require_right_gradients(denoiser: ComfyDenoiser, trainer: Trainer) -> None:
 def _refusal(reason: str, problem: str) -> str:
     return (
         f"this model cannot be trained here: {reason}, and on the first batch its gradients are wrong: {problem}. "
-        "Start ComfyUI with --use-pytorch-cross-attention, without torch.compile and other patches on the MODEL, or "
-        "train one of the networks that are tested"
+        "Start ComfyUI with --use-pytorch-cross-attention, without torch.compile and other patches on the MODEL, set "
+        "base_weights to 'full', or train one of the networks that are tested"
     )
 
 

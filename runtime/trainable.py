@@ -6,6 +6,7 @@ gives every weight a differentiable view of the same memory, and puts the origin
 happens in between.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 from ..schedules.prediction import Prediction
 from ..schedules.process import VP, NoiseProcess
 from ..training.data import Dataset
+from ..training.memory import BaseWeights
+from .offload import load, recast
 from .process import prediction_of, process_of, stored_shift
 
 
+logger = logging.getLogger(__name__)
 UNSUPPORTED_CONDITIONING = (
     "control",
     "area",
@@ -194,20 +198,21 @@ def training_session(
     patcher: comfy.model_patcher.ModelPatcher,
     memory_required: float = 0,
     beside: Sequence[comfy.model_patcher.ModelPatcher] = (),
+    base_weights: BaseWeights = "full",
 ) -> Iterator[ComfyDenoiser]:
-    """Load the model fully, make it differentiable in place, and leave it exactly as it was found.
+    """Load the model, make it differentiable in place, and leave it exactly as it was found.
 
     The same for plain patchers `beside` it, loaded at the same time: a text encoder's.
     """
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         patcher = plain_patcher(patcher)
         refuse_compiled(patcher)
-        with torch.no_grad():  # merging a DoRA into weights that ask for gradients fails, and ComfyUI only logs it
-            comfy.model_management.load_models_gpu(
-                [patcher, *beside], memory_required=memory_required, force_full_load=True
-            )
-        for loaded in (patcher, *beside):
-            stack.enter_context(thawed(loaded.model))
+        load(patcher, beside, memory_required, base_weights)
+        models = [loaded.model for loaded in (patcher, *beside)]
+        for model in models:
+            stack.enter_context(thawed(model))
+        if base_weights != "full" or any(model.model_lowvram for model in models):  # --novram never loads in full
+            stack.enter_context(recast(models))
         stack.enter_context(training_flag(True))
         yield ComfyDenoiser(patcher, beside)
 
@@ -227,10 +232,20 @@ def refuse_compiled(patcher: comfy.model_patcher.ModelPatcher) -> None:
 
 
 def plain_patcher(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """The patcher itself, or on builds with dynamic VRAM a clone whose weights are ordinary resident tensors."""
-    if getattr(patcher, "is_dynamic", lambda: False)():
+    """A clone; of a MODEL with dynamic VRAM one whose weights are loaded anew, as ordinary tensors.
+
+    Dynamic VRAM gives the memory of a weight to another layer as soon as a forward pass is over.
+    """
+    if not getattr(patcher, "is_dynamic", lambda: False)():
+        return patcher.clone()
+    logger.info("this MODEL uses dynamic VRAM, which has no backward pass: training loads its file once more, without")
+    try:
         return patcher.clone(disable_dynamic=True)
-    return patcher.clone()
+    except RuntimeError as error:  # a loader of another package that cannot load again
+        raise ValueError(
+            f"this MODEL uses dynamic VRAM and cannot be loaded without ({error}): start ComfyUI with "
+            "--disable-dynamic-vram, or load it with ComfyUI's own loader"
+        ) from error
 
 
 @contextmanager

@@ -89,7 +89,8 @@ def train_lora(
     encoder = text_encoder.private() if text_encoder else None
     beside = [encoder.clip.patcher] if encoder else []
     needed += encoder.memory(config.batch_size) if encoder else 0
-    with training_session(model, needed, beside) as denoiser:
+    base_weights = memory.base_weights if memory else "full"
+    with training_session(model, needed, beside, base_weights) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
         if adapter is not None and adapter.continue_from and encoder is None:
             without_text(adapter.continue_from)
