@@ -20,6 +20,7 @@ from ..schedules.prediction import Prediction
 from ..schedules.process import VP, NoiseProcess
 from ..training.data import Dataset
 from .process import prediction_of, process_of, stored_shift
+from .quantized import dequantizing, ordinary
 
 
 UNSUPPORTED_CONDITIONING = (
@@ -208,6 +209,7 @@ def training_session(
             )
         for loaded in (patcher, *beside):
             stack.enter_context(thawed(loaded.model))
+            stack.enter_context(dequantizing(loaded.model))
         stack.enter_context(training_flag(True))
         yield ComfyDenoiser(patcher, beside)
 
@@ -245,11 +247,10 @@ def thawed(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                if tensor is None:
+                if tensor is None or hasattr(tensor, "__tensor_flatten__"):  # made of others: autograd never sees it
                     continue
                 if tensor.is_inference():
-                    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                    view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+                    view = ordinary(tensor)
                     new = nn.Parameter(view, requires_grad=False) if table is module._parameters else view
                     swapped.append((table, name, tensor, new))
                 elif tensor.requires_grad and tensor.is_leaf:
