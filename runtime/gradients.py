@@ -11,6 +11,7 @@ from ..training.engine import Trainer
 from ..training.gradient_proof import COARSE_TOLERANCE, TOLERANCE, prove_gradients
 from ..training.memory import MemoryConfig
 from ..training.recompute import recomputed
+from .quantized import storage_of
 from .trainable import ComfyDenoiser
 
 
@@ -44,7 +45,8 @@ def unproven(network: nn.Module) -> str:
     if attention not in DIFFERENTIABLE_ATTENTION:
         # The override of a session reaches the calls that take transformer_options, and a few do not.
         return f"ComfyUI was started with {attention}, which may have no backward pass"
-    return ""
+    storage = storage_of(network)
+    return f"its weights are stored as {storage}" if storage else ""
 
 
 def untested_offload(denoiser: ComfyDenoiser) -> str:

@@ -23,6 +23,7 @@ from ..training.data import Dataset
 from ..training.memory import BaseWeights
 from .offload import load, recast
 from .process import prediction_of, process_of, stored_shift
+from .quantized import dequantizing, ordinary
 
 
 logger = logging.getLogger(__name__)
@@ -209,9 +210,12 @@ def training_session(
         refuse_compiled(patcher)
         load(patcher, beside, memory_required, base_weights)
         models = [loaded.model for loaded in (patcher, *beside)]
+        # --novram never loads in full
+        partial = base_weights != "full" or any(model.model_lowvram for model in models)
         for model in models:
             stack.enter_context(thawed(model))
-        if base_weights != "full" or any(model.model_lowvram for model in models):  # --novram never loads in full
+            stack.enter_context(dequantizing(model, again=not partial))
+        if partial:
             stack.enter_context(recast(models))
         stack.enter_context(training_flag(True))
         yield ComfyDenoiser(patcher, beside)
@@ -261,11 +265,10 @@ def thawed(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                if tensor is None:
+                if tensor is None or hasattr(tensor, "__tensor_flatten__"):  # made of others: autograd never sees it
                     continue
                 if tensor.is_inference():
-                    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                    view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+                    view = ordinary(tensor)
                     new = nn.Parameter(view, requires_grad=False) if table is module._parameters else view
                     swapped.append((table, name, tensor, new))
                 elif tensor.requires_grad and tensor.is_leaf:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..training.adapter_kinds import as_computed
+from ..training.adapters import as_computed
 from ..training.checkpoint import checkpoints, differences, digest, read_newest, write_checkpoint
 from ..training.config import LoRAConfig, _require
 from ..training.engine import Trainer

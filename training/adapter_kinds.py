@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_settings import AdapterConfig
-from .adapters import _is_linear, hooked
+from .adapters import _is_linear, bias_of, hooked, weight_of
 from .data import step_generator
 
 
@@ -105,7 +105,7 @@ class LowRank(Adapter):
         up = torch.zeros(out, rank, *ones)
         start = None
         if pissa:
-            u, s, v = torch.linalg.svd(_weight_of(layer).flatten(1).cpu(), full_matrices=False)
+            u, s, v = torch.linalg.svd(weight_of(layer).flatten(1).cpu(), full_matrices=False)
             root = (s[:rank] / scale).sqrt()
             up = (u[:, :rank] * root).reshape(up.shape).contiguous()
             down = (v[:rank] * root[:, None]).reshape(down.shape).contiguous()
@@ -163,19 +163,18 @@ class DoRA(LowRank):
         self.by_input = by_input
         if by_input and self.layer_shape[0] == 1:
             raise ValueError("a layer with one output has no norm of each input in a LoRA file: use kind 'dora'")
-        norm = self._norm(_weight_of(layer))
+        norm = self._norm(weight_of(layer))
         self.register_buffer("norm", norm)
         self.magnitude = nn.Parameter(norm.clone())
 
     def forward(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         if self.by_input:
-            weight = _weight_of(layer, x.device)
+            weight = weight_of(layer, x.device)
             changed = weight + self.delta()
             return output + self._through(x, changed * (self.magnitude / self._norm(changed)) - weight)
         ratio = (self.magnitude / self.norm).flatten().to(x.dtype)
         shape = (-1,) if self.convolution is None else (-1, 1, 1)
-        bias = None if layer.bias is None else as_computed(layer, "bias", output.device)
-        without_bias = output if bias is None else output - bias.to(output).reshape(shape)
+        without_bias = output if layer.bias is None else output - bias_of(layer, x.device).to(output).reshape(shape)
         ratio = ratio.reshape(shape)
         return output + (ratio - 1) * without_bias + ratio * self.term(x)
 
@@ -337,24 +336,6 @@ def _bypass(adapter: Adapter):
         return output + 0 * (changed - output) if adapter.dropped else changed
 
     return hook
-
-
-def _weight_of(layer: Any, device: torch.device | None = None) -> Tensor:
-    if not layer.weight.is_floating_point() or layer.weight.element_size() < 2:
-        raise ValueError(f"a {layer.weight.dtype} weight cannot carry DoRA or PiSSA: use kind 'lora', start 'zero'")
-    return as_computed(layer, "weight", device).float()
-
-
-def as_computed(layer: Any, name: str, device: torch.device | None = None) -> Tensor:
-    """A layer's weight or bias as its forward pass has it: ComfyUI patches what stays in main memory in each call."""
-    tensor, patches = getattr(layer, name).detach(), getattr(layer, f"{name}_function", ())
-    if device is not None:
-        tensor = tensor.to(device)
-    if patches:
-        tensor = tensor.to(torch.float32, copy=True)
-    for patch in patches:
-        tensor = patch(tensor)
-    return tensor
 
 
 def _side(size: int, factor: int) -> int:
