@@ -22,8 +22,8 @@ from ..training.recompute import replaced_forwards
 
 
 logger = logging.getLogger(__name__)
-ALL = 1e32
-"""More bytes than there are, as ComfyUI itself says it."""
+ALL, NONE = 1e32, 0.1
+"""Bytes, as ComfyUI itself says all there is, and no room for weights (0 is full load)."""
 
 
 def load(patcher: ModelPatcher, beside: Sequence[ModelPatcher], memory_required: float, base: BaseWeights) -> None:
@@ -42,7 +42,8 @@ def load(patcher: ModelPatcher, beside: Sequence[ModelPatcher], memory_required:
     with torch.no_grad():  # merging a DoRA into weights that ask for gradients fails, and ComfyUI only logs it
         comfy.model_management.load_models_gpu(wanted, memory_required=memory_required, force_full_load=base == "full")
         if base == "offload":
-            patcher.partially_unload(patcher.offload_device, ALL)
+            patcher.unpatch_model(patcher.offload_device)
+            patcher.partially_load(patcher.load_device, NONE)
     if patcher.model.model_lowvram:
         away = (patcher.model_size() - patcher.loaded_size()) / 2**20
         logger.info("%.0f MB of the model's weights stay in main memory while it trains", away)

@@ -250,14 +250,15 @@ def plain_patcher(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patc
     """
     if not getattr(patcher, "is_dynamic", lambda: False)():
         return patcher.clone()
-    logger.info("this MODEL uses dynamic VRAM, which has no backward pass: training loads its file once more, without")
     try:
-        return patcher.clone(disable_dynamic=True)
+        clone = patcher.clone(disable_dynamic=True)
     except RuntimeError as error:  # a loader of another package that cannot load again
         raise ValueError(
             f"this MODEL uses dynamic VRAM and cannot be loaded without ({error}): start ComfyUI with "
             "--disable-dynamic-vram, or load it with ComfyUI's own loader"
         ) from error
+    logger.info("this MODEL uses dynamic VRAM, which has no backward pass: its file is loaded once more, without")
+    return clone
 
 
 @contextmanager

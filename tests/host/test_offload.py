@@ -28,7 +28,10 @@ from tidetable.training.recompute import recomputed
 
 
 TOLERANCE = 1e-5
-EXACT = ("sd15", "flux")
+VARIANTS = ("sd20", "refiner", "unet_without_middle", "sd35_medium", "auraflow_double", "flux_double", "flux2",
+            "chroma_radiance", "hunyuan_video_double", "hunyuan_image", "wan_vace")  # fmt: skip
+"""Networks with the layers of another one, left out here for time."""
+FAMILIES_HERE = [case for case in CASES_HERE if case.values[0] not in VARIANTS]
 
 
 @contextmanager
@@ -62,7 +65,7 @@ def away(denoiser):
     return len(layers), sum(bool(m.weight_function or m.bias_function) for m in layers)
 
 
-@pytest.mark.parametrize("name", CASES_HERE)
+@pytest.mark.parametrize("name", FAMILIES_HERE)
 def test_the_gradients_are_those_of_weights_on_the_device(name):
     model = patched(name)
     before = found(model)
@@ -99,7 +102,7 @@ def borrowed(model):
     yield clone, given
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ["sd15", "flux"])
 def test_a_cast_weight_is_used_only_until_the_next_one(name, monkeypatch):
     """And none is alive after a forward pass: with autograd's own backward all are, and the gradients are wrong."""
     model = network_of(name)
