@@ -221,7 +221,7 @@ class Encoder:
             sizes[size] = sizes.get(size, 0) + 1
         channels = ", ".join(f"{mean:.3f} ± {std:.3f}" for mean, std in statistics)
         self.report.figures += [
-            f"{count} pictures in {len(sizes)} buckets: "
+            f"{count} pictures in {len(sizes)} bucket{'' if len(sizes) == 1 else 's'}: "
             + ", ".join(f"{width}x{height} ({n})" for (width, height), n in sorted(sizes.items())),
             f"encoded now: {self.encoded['latents']} latents and {self.encoded['texts']} captions in {seconds:.1f} s; "
             f"{len(self.infos) - self.encoded['latents']} latents were in the cache",
@@ -241,7 +241,8 @@ class Encoder:
         partly = f"; {found.partly / 1e6:.1f} MB more are in files with used ones" if found.partly else ""
         if self.remove_unused:
             return f"removed from the cache: {size}{partly}"
-        return f"the cache had {found.total / 1e6:.1f} MB, in it {size}{partly} (remove_unused deletes such files)"
+        unused = f", of it {size}{partly}: remove_unused deletes such files" if found.files else ""
+        return f"the cache has {found.total / 1e6:.1f} MB{unused}"
 
 
 def limit_chunks(tokens: dict[str, Any], limit: int) -> tuple[dict[str, Any], int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .buckets import Placement
@@ -53,7 +53,12 @@ def decode(data: bytes) -> tuple[Image.Image, list[str]]:
         raise
     except MemoryError as error:
         raise BadImageError("is too large for the memory") from error
-    except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, struct.error, …
+    except UnidentifiedImageError as error:
+        reason = "its kind cannot be told from its first bytes" if data else "the file is empty"
+        raise BadImageError(f"is not a whole picture ({reason})") from error
+    except OSError as error:
+        raise BadImageError(f"is not a whole picture ({error})") from error
+    except Exception as error:  # damaged files raise nearly anything: SyntaxError, struct.error, …
         raise BadImageError(f"is not a whole picture ({type(error).__name__}: {error})") from error
 
 
