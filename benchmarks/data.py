@@ -4,8 +4,8 @@
 the embedded VAE and text encoder cost next to nothing, so this is what the pack itself costs. `read` draws every sample
 of an epoch in batches, latents stacked and texts joined as training does, once from the cache and once from the same
 tensors in memory (by the clock, and by CPU time where other programs share the machine). The model's own conditions,
-which training makes of each sample at each visit, are not in it. `peak_bytes` is the resident memory over that at the start
-(`memory`: with the tensors loaded).
+which training makes of each sample at each visit, are not in it. `peak_bytes` is the resident memory over that at the
+start (`memory`: with the tensors loaded).
 """
 
 import argparse

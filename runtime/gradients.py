@@ -39,7 +39,8 @@ DIFFERENTIABLE_ATTENTION = ("attention_pytorch", "attention_sub_quad", "attentio
 
 def unproven(network: nn.Module) -> str:
     """Why the gradients of a network are not known to be right; "" where they are."""
-    name, attention = type(network).__name__, getattr(host_attention.optimized_attention, "__name__", "unknown")
+    name = type(network).__name__.removeprefix("FSDP")  # the class that fully_shard makes of it
+    attention = getattr(host_attention.optimized_attention, "__name__", "unknown")
     if name not in PROVEN_CLASSES:
         return f"{name} is not among the networks that are tested ({', '.join(PROVEN_CLASSES)})"
     if attention not in DIFFERENTIABLE_ATTENTION:

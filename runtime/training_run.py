@@ -212,7 +212,7 @@ class RunKeeper:
             self.reporter.say(text)
 
     def _write_log(self, event: Event) -> None:
-        if self.log is None:
+        if self.log is None or not self.leads:
             return
         more = self.reporter.more(event)
         line = finite({"event": type(event).__name__, **asdict(event), **more, "time": time.time()})
