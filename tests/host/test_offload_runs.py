@@ -1,6 +1,7 @@
 """Whole runs with weights in main memory: what is learned, how they end, what else is loaded, what is refused."""
 
 import logging
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.model_patcher
@@ -14,6 +15,7 @@ from tidetable.nodes.training_memory import TrainingMemory
 from tidetable.runtime import tiny
 from tidetable.runtime.gradients import untested_offload
 from tidetable.runtime.offload import load
+from tidetable.runtime.sharding import shared_base
 from tidetable.runtime.training import TrainingData, train_lora
 from tidetable.tests.host.comparing import fingerprint, inference_copy
 from tidetable.tests.host.gradient_cases import gradients, network_of, prompts_of, samples_of
@@ -26,6 +28,7 @@ from tidetable.tests.host.test_tiny import encode
 from tidetable.tests.host.test_training_run import cancel_at
 from tidetable.tests.host.training_runs import quick_run
 from tidetable.training.config import LoRAConfig, TrainConfig
+from tidetable.training.distributed import World
 from tidetable.training.memory import MemoryConfig
 
 
@@ -196,6 +199,14 @@ def test_a_lora_that_comfyui_would_leave_out_is_refused():
     refused = pytest.raises(ValueError, match=r"changes diffusion_model.*ln_q.weight, and ComfyUI leaves that out")
     with refused, session("sd3", model, "offload"):
         pass
+
+
+def test_weights_in_main_memory_are_not_shared():
+    """Each of several processes holds a share on its device, or they are in main memory; not both."""
+    with session("sd3", network_of("sd3"), "offload") as (denoiser, _, _):
+        trainer = SimpleNamespace(world=World(0, 2))
+        with pytest.raises(ValueError, match="set base_weights to 'full'"), shared_base(denoiser, trainer, OFFLOAD):
+            pass
 
 
 # ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
