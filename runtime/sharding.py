@@ -30,6 +30,11 @@ def shared_base(
     if not wanted or world.size == 1:
         yield
         return
+    if denoiser.real.model_lowvram:
+        raise ValueError(
+            "shard_base spreads the weights over the devices, and some of them are in main memory: set base_weights to "
+            "'full' and start ComfyUI without --novram, or turn shard_base off"
+        )
     recomputed = memory is not None and memory.gradient_checkpointing == "blocks" and memory.every == 1
     if denoiser.in_place and not recomputed:
         raise ValueError(

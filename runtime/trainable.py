@@ -21,7 +21,7 @@ from ..schedules.prediction import Prediction
 from ..schedules.process import VP, NoiseProcess
 from ..training.data import Dataset
 from ..training.memory import BaseWeights
-from .offload import load, recast
+from .offload import load, recomputing
 from .process import prediction_of, process_of, stored_shift
 from .quantized import dequantizing, ordinary
 
@@ -218,13 +218,11 @@ def training_session(
         refuse_compiled(patcher)
         load(patcher, beside, memory_required, base_weights)
         models = [loaded.model for loaded in (patcher, *beside)]
-        # --novram never loads in full
-        partial = base_weights != "full" or any(model.model_lowvram for model in models)
         for model in models:
             stack.enter_context(thawed(model))
-            stack.enter_context(dequantizing(model, again=not partial))
-        if partial:
-            stack.enter_context(recast(models))
+            stack.enter_context(dequantizing(model))
+        if base_weights != "full" or any(model.model_lowvram for model in models):  # --novram never loads in full
+            stack.enter_context(recomputing(models))
         stack.enter_context(training_flag(True))
         yield ComfyDenoiser(patcher, beside)
 

@@ -11,7 +11,8 @@ import torch
 from tidetable.runtime import trainable
 from tidetable.runtime.gradients import blocks_of
 from tidetable.runtime.lora_keys import apply_lora, to_lora_model
-from tidetable.runtime.offload import recast
+from tidetable.runtime.offload import recomputing
+from tidetable.runtime.quantized import dequantizing
 from tidetable.runtime.text_encoder import LiveText, TextEncoder, TextEncoderConfig
 from tidetable.runtime.trainable import training_session
 from tidetable.runtime.training_run import _weights
@@ -44,13 +45,16 @@ def session(name, model, base_weights, make=adapters):
 
 
 def patched(name):
-    """A MODEL of the family with a LoRA and changed biases on it, as nodes before the training put them there."""
+    """A MODEL of the family with a LoRA on it, and a change of every weight besides that ComfyUI can cast."""
     model = network_of(name)
     with session(name, model, "full") as (_, trained, _):
         model = apply_lora(model, to_lora_model(trained, {}))
-    named = [(key, p) for key, p in model.model.named_parameters() if key.endswith("bias")]
-    biases = {key: ("diff", (0.1 * normal(*p.shape, seed=i),)) for i, (key, p) in enumerate(named)}
-    model.add_patches(biases)
+    modules = [(key, m) for key, m in model.model.named_modules() if hasattr(m, "comfy_cast_weights")]
+    others = [(f"{key}.{name}", p) for key, m in modules for name, p in m.named_parameters() if p.ndim != 2]
+    scales = [0.1 / p[0].numel() ** 0.5 for _, p in others]
+    model.add_patches(
+        {key: ("diff", (scale * normal(*p.shape, seed=3),)) for scale, (key, p) in zip(scales, others, strict=True)}
+    )
     return model
 
 
@@ -80,6 +84,12 @@ def test_the_gradients_are_those_of_weights_on_the_device(name):
         with recomputed(blocks_of(denoiser.real.diffusion_model)):
             assert relative(gradients(denoiser, trained, loss), plain) < TOLERANCE
     assert found(model) == before
+
+
+def by_comfyui_alone(monkeypatch):
+    """From now on weights are cast as ComfyUI casts them, and autograd does the rest."""
+    for name in ("dequantizing", "recomputing"):
+        monkeypatch.setattr(trainable, name, lambda _: nullcontext())
 
 
 @contextmanager
@@ -115,7 +125,7 @@ def test_a_cast_weight_is_used_only_until_the_next_one(name, monkeypatch):
             value = loss()
             assert len(given) > 10 and not any(reference() is not None for reference in given)
             del value
-        monkeypatch.setattr(trainable, "recast", lambda models: nullcontext())
+        by_comfyui_alone(monkeypatch)
         with session(name, other, "offload") as (denoiser, trained, loss):
             given.clear()
             value = loss()
@@ -144,7 +154,7 @@ def test_backward_keeps_no_weights(name, monkeypatch):
     with session(name, model, "offload") as (denoiser, _, loss):
         weights = denoiser.patcher.model_size()
         kept, _ = saved_bytes(loss)
-    monkeypatch.setattr(trainable, "recast", lambda models: nullcontext())
+    by_comfyui_alone(monkeypatch)
     with session(name, model, "offload") as (_, _, loss):
         naive, _ = saved_bytes(loss)
     assert naive - kept > 0.9 * weights
@@ -208,8 +218,8 @@ def test_a_text_encoder_that_is_trained_beside_is_right_too(family):
     assert relative(results["offload"], results["full"]) < TOLERANCE
 
 
-def test_a_layer_of_an_unknown_kind_is_recomputed():
-    """One with a forward of its own, whatever it does with its weight, and arguments besides its input."""
+def test_every_kind_of_layer_is_right():
+    """Also one with a forward of its own, whatever it does besides, and with arguments besides its input."""
     ops = comfy.ops.manual_cast
 
     class Squared(ops.Linear):
@@ -218,14 +228,16 @@ def test_a_layer_of_an_unknown_kind_is_recomputed():
 
     layers = [Squared(4, 4), ops.Linear(4, 4, bias=False), ops.Conv2d(4, 4, 3, padding="same"), ops.LayerNorm(4),
               ops.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), ops.Conv1d(4, 4, 2, dilation=2), ops.GroupNorm(2, 4),
-              ops.Conv3d(4, 4, (1, 3, 3), padding=(0, 1, 1))]  # fmt: skip
-    shapes = [(3, 4), (2, 3, 4), (2, 4, 5, 7), (3, 4), (2, 4, 5, 7), (2, 4, 9), (2, 4, 5), (2, 4, 2, 3, 3)]
+              ops.Conv3d(4, 4, (1, 3, 3), padding=(0, 1, 1)), ops.ConvTranspose2d(4, 6, 2, stride=2),
+              ops.RMSNorm(4)]  # fmt: skip
+    shapes = [(3, 4), (2, 3, 4), (2, 4, 5, 7), (3, 4), (2, 4, 5, 7), (2, 4, 9), (2, 4, 5), (2, 4, 2, 3, 3),
+              (2, 4, 3, 3), (3, 4)]  # fmt: skip
     for seed, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
         for i, parameter in enumerate(layer.requires_grad_(False).parameters()):
             parameter.data = normal(*parameter.shape, seed=i)
         x, more = normal(*shape, seed=seed).requires_grad_(), {"power": 3} if isinstance(layer, Squared) else {}
         expected = torch.autograd.grad(layer(x, **more).sin().sum(), x)[0]
-        with recast([layer]):
+        with dequantizing(layer), recomputing([layer]):
             got = torch.autograd.grad(layer(x, **more).sin().sum(), x)[0]
             assert "forward" in vars(layer)
         assert "forward" not in vars(layer)

@@ -1,7 +1,7 @@
 """Whole runs with weights in main memory: what is learned, how they end, what else is loaded, what is refused."""
 
 import logging
-from contextlib import nullcontext
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.model_patcher
@@ -12,19 +12,23 @@ from comfy.model_management import InterruptProcessingException
 from comfy.patcher_extension import CallbacksMP
 
 from tidetable.nodes.training_memory import TrainingMemory
-from tidetable.runtime import tiny, trainable
+from tidetable.runtime import tiny
 from tidetable.runtime.gradients import untested_offload
 from tidetable.runtime.offload import load
+from tidetable.runtime.sharding import shared_base
 from tidetable.runtime.training import TrainingData, train_lora
 from tidetable.tests.host.comparing import fingerprint, inference_copy
 from tidetable.tests.host.gradient_cases import gradients, network_of, prompts_of, samples_of
 from tidetable.tests.host.guidance_models import build, normal, prompt, sample
+from tidetable.tests.host.quantized_models import FORMATS, plain_twin
 from tidetable.tests.host.test_gradients import relative
-from tidetable.tests.host.test_offload import TOLERANCE, borrowed, patched, session
+from tidetable.tests.host.test_offload import TOLERANCE, borrowed, by_comfyui_alone, patched, session
+from tidetable.tests.host.test_quantized import made
 from tidetable.tests.host.test_tiny import encode
 from tidetable.tests.host.test_training_run import cancel_at
 from tidetable.tests.host.training_runs import quick_run
 from tidetable.training.config import LoRAConfig, TrainConfig
+from tidetable.training.distributed import World
 from tidetable.training.memory import MemoryConfig
 
 
@@ -145,7 +149,7 @@ def test_on_a_device_that_nobody_tested_it_is_proven_or_refused(right, monkeypat
     data = TrainingData([{"samples": samples_of("sd3")}], prompts_of("sd3"))
     monkeypatch.setattr("tidetable.runtime.gradients.untested_offload", lambda denoiser: "nobody tested this")
     if not right:
-        monkeypatch.setattr(trainable, "recast", lambda models: nullcontext())
+        by_comfyui_alone(monkeypatch)
     with borrowed(network_of("sd3")) as (model, _), caplog.at_level(logging.INFO):
         if right:
             assert train(model, data, memory=OFFLOAD).lora
@@ -172,6 +176,37 @@ def test_weights_of_another_type_than_the_run_are_cast_again_too(name):
         with session(name, model, base) as (denoiser, trained, loss):
             found[base] = gradients(denoiser, trained, loss)
     assert relative(found["auto"], found["full"]) < 1e-2 and relative(found["offload"], found["full"]) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ("fp8", "mixed_fast", "int8_tensorwise", "packed") if kind in FORMATS]
+)
+def test_a_quantized_base_can_be_in_main_memory(kind):
+    model = made(kind)
+    with session("sd3", plain_twin(model, "sd3"), "full") as (denoiser, trained, loss):
+        expected = gradients(denoiser, trained, loss)
+    with session("sd3", model, "offload") as (denoiser, trained, loss):
+        assert relative(gradients(denoiser, trained, loss), expected) < TOLERANCE
+
+
+def test_a_lora_that_comfyui_would_leave_out_is_refused():
+    """SD3's RMSNorm cannot cast its weight, and a model that is loaded in part has it without the LoRA."""
+    model = network_of("sd3")
+    key = next(name for name, _ in model.model.named_parameters() if name.endswith("ln_q.weight"))
+    model.add_patches({key: ("diff", (normal(*model.model.get_parameter(key).shape),))})
+    with session("sd3", model, "auto"):
+        pass
+    refused = pytest.raises(ValueError, match=r"changes diffusion_model.*ln_q.weight, and ComfyUI leaves that out")
+    with refused, session("sd3", model, "offload"):
+        pass
+
+
+def test_weights_in_main_memory_are_not_shared():
+    """Each of several processes holds a share on its device, or they are in main memory; not both."""
+    with session("sd3", network_of("sd3"), "offload") as (denoiser, _, _):
+        trainer = SimpleNamespace(world=World(0, 2))
+        with pytest.raises(ValueError, match="set base_weights to 'full'"), shared_base(denoiser, trainer, OFFLOAD):
+            pass
 
 
 # ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
