@@ -16,6 +16,7 @@ from typing import Any
 import comfy.lora
 import comfy.model_base
 import comfy.utils
+import torch
 from torch import Tensor
 
 
@@ -60,6 +61,7 @@ class DiffusersNames:
     """Layer -> parts that make it up. Layers without such parts are missing."""
 
 
+@torch.inference_mode(False)  # as in `apply_lora`
 def diffusers_names(model: comfy.model_base.BaseModel) -> DiffusersNames | None:
     """diffusers' names of a model's layers, or None for a family without a map."""
     known: dict[str, Any] = comfy.lora.model_lora_keys_unet(model, {})

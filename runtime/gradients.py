@@ -11,6 +11,7 @@ from ..training.engine import Trainer
 from ..training.gradient_proof import COARSE_TOLERANCE, TOLERANCE, prove_gradients
 from ..training.memory import MemoryConfig
 from ..training.recompute import recomputed
+from .quantized import storage_of
 from .trainable import ComfyDenoiser
 
 
@@ -38,18 +39,26 @@ DIFFERENTIABLE_ATTENTION = ("attention_pytorch", "attention_sub_quad", "attentio
 
 def unproven(network: nn.Module) -> str:
     """Why the gradients of a network are not known to be right; "" where they are."""
-    name, attention = type(network).__name__, getattr(host_attention.optimized_attention, "__name__", "unknown")
+    name = type(network).__name__.removeprefix("FSDP")  # the class that fully_shard makes of it
+    attention = getattr(host_attention.optimized_attention, "__name__", "unknown")
     if name not in PROVEN_CLASSES:
         return f"{name} is not among the networks that are tested ({', '.join(PROVEN_CLASSES)})"
     if attention not in DIFFERENTIABLE_ATTENTION:
         # The override of a session reaches the calls that take transformer_options, and a few do not.
         return f"ComfyUI was started with {attention}, which may have no backward pass"
-    return ""
+    storage = storage_of(network)
+    return f"its weights are stored as {storage}" if storage else ""
+
+
+def untested_offload(denoiser: ComfyDenoiser) -> str:
+    """Why weights that are cast from main memory are not known to have right gradients; "" where there are none."""
+    away = any(parameter.device != denoiser.device for parameter in denoiser.real.diffusion_model.parameters())
+    return f"its weights are cast from main memory to {denoiser.device}, which is tested on a CPU only" if away else ""
 
 
 def require_right_gradients(denoiser: ComfyDenoiser, trainer: Trainer) -> None:
     """Prove them on the first batch where they are not known to be right. ValueError where they are wrong."""
-    reason = unproven(denoiser.real.diffusion_model)
+    reason = unproven(denoiser.real.diffusion_model) or untested_offload(denoiser)
     if not reason or trainer.step >= trainer.config.steps:
         return
     real = denoiser.real
@@ -66,8 +75,8 @@ def require_right_gradients(denoiser: ComfyDenoiser, trainer: Trainer) -> None:
 def _refusal(reason: str, problem: str) -> str:
     return (
         f"this model cannot be trained here: {reason}, and on the first batch its gradients are wrong: {problem}. "
-        "Start ComfyUI with --use-pytorch-cross-attention, without torch.compile and other patches on the MODEL, or "
-        "train one of the networks that are tested"
+        "Start ComfyUI with --use-pytorch-cross-attention, without torch.compile and other patches on the MODEL, set "
+        "base_weights to 'full', or train one of the networks that are tested"
     )
 
 

@@ -44,6 +44,7 @@ def to_lora_model(network: AdapterNetwork, metadata: dict[str, str]) -> LoRAMode
     return LoRAModel(tensors, metadata)
 
 
+@torch.inference_mode(False)  # in which the state dict of ComfyUI 0.3.75's quantized layers fails
 def apply_lora(
     patcher: comfy.model_patcher.ModelPatcher, lora: dict[str, Tensor], strength: float = 1.0
 ) -> comfy.model_patcher.ModelPatcher:

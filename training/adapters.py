@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .config import Targets
 
@@ -46,6 +47,51 @@ def hooked(hooks: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def weight_of(layer: Any, device: torch.device | None = None) -> Tensor:
+    """What a layer multiplies with, in fp32, however and wherever it is stored. ValueError for packed convolutions."""
+    weight = layer.weight
+    if plain_storage(weight):
+        return as_computed(layer, "weight", device).float()
+    if _is_linear(layer):  # the layer itself says it, of unit vectors
+        unit = torch.eye(layer.in_features, device=device or weight.device)
+        columns = layer.forward(unit) if layer.bias is None else layer.forward(unit) - bias_of(layer, device)
+        return columns.t().contiguous()
+    if type(weight) is nn.Parameter and weight.is_floating_point():
+        return as_computed(layer, "weight", device).float()
+    raise ValueError(
+        f"the weight of this convolution ({type(weight).__name__}, {weight.dtype}) cannot be read as DoRA and PiSSA "
+        "need it: use kind 'lora', 'loha' or 'lokr' with start 'zero'"
+    )
+
+
+@torch.no_grad()
+def bias_of(layer: Any, device: torch.device | None = None) -> Tensor:
+    """The bias of a layer that has one, in a dtype to compute with."""
+    if plain_storage(layer.bias) and plain_storage(layer.weight):
+        return as_computed(layer, "bias", device)
+    if not _is_linear(layer):
+        return as_computed(layer, "bias", device).float()
+    return layer.forward(torch.zeros(1, layer.in_features, device=device or layer.weight.device))[0]
+
+
+def as_computed(layer: Any, name: str, device: torch.device | None = None) -> Tensor:
+    """A layer's weight or bias as its forward pass has it: ComfyUI patches what stays in main memory in each call."""
+    tensor, patches = getattr(layer, name).detach(), getattr(layer, f"{name}_function", ())
+    if device is not None:
+        tensor = tensor.to(device)
+    if patches:
+        tensor = tensor.to(torch.float32, copy=True)
+    for patch in patches:
+        tensor = patch(tensor)
+    return tensor
+
+
+def plain_storage(tensor: Tensor) -> bool:
+    """An ordinary tensor of 16 or 32 bit floats."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.element_size() >= 2
 
 
 def _is_linear(module: nn.Module) -> bool:

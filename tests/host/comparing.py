@@ -10,7 +10,7 @@ def fingerprint(patcher) -> dict:
     model = patcher.model
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(key.encode() + _bytes(value))
     return {
         "weights": digest.hexdigest(),
         "inference": sum(p.is_inference() for p in model.parameters()),
@@ -25,6 +25,14 @@ def fingerprint(patcher) -> dict:
         "model_options": repr(sorted(patcher.model_options))
         + repr(sorted(patcher.model_options["transformer_options"])),
     }
+
+
+def _bytes(value) -> bytes:
+    """Of tensors that are made of others: those of all of them."""
+    if hasattr(value, "__tensor_flatten__"):
+        return b"".join(_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    plain = value.detach().as_subclass(torch.Tensor).cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def inference_copy(patcher):
