@@ -16,7 +16,7 @@ from .distributed import World, parts
 from .events import Event, Notice, StepDone
 from .guard import Guard
 from .noise import shape_noise, shapes_noise
-from .optim import MovingAverage, build_optimizer, learning_rate, rate_factors
+from .optim import MovingAverage, build_optimizer, learning_rate, rate_factors, total_norm
 from .optimizers import ParameterGroup, set_training_mode
 from .prior import LossTerms
 from .protocols import TrainableDenoiser
@@ -265,8 +265,7 @@ class Trainer:
     def _clip_gradients(self) -> float:
         """The norm before clipping. One pass over all tensors; none to scale them where that would change nothing."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
-        norm = torch.linalg.vector_norm(torch.stack(list(norms))).item()
+        norm = total_norm(gradients).item() if gradients else 0.0
         limit = self.config.max_grad_norm
         if 0 < limit < norm:
             torch._foreach_mul_(gradients, limit / norm)
