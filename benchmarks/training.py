@@ -46,7 +46,7 @@ def run(arguments: list[str]):
     if any(argument.partition("=")[0] == "--shape" for argument in arguments):
         yield from training_apart.run(arguments)
         return
-    parser = argparse.ArgumentParser(prog="bench training", epilog="--shape sdxl -h: at a published size, on a GPU")
+    parser = argparse.ArgumentParser(prog="bench training")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
     parser.add_argument("--rounds", type=int, default=7, help="turns of each arm; 0 counts and compares only")

@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..runtime.dataset import folder_dataset, folder_state, images_dataset
-from ..runtime.encoding import BucketConfig, CaptionConfig, encode_node
+from ..runtime.encoding import CROPS, BucketConfig, CaptionConfig, encode_node
 
 
 _BUCKETS, _CAPTIONS = BucketConfig(), CaptionConfig()
@@ -282,6 +282,49 @@ class EncodeDataset(io.ComfyNode):
                     "captions",
                     optional=True,
                     tooltip="From Caption Variations. Not connected: captions as they stand in their files.",
+                ),
+                io.Combo.Input(
+                    "crop",
+                    options=list(CROPS),
+                    default=_BUCKETS.crop,
+                    optional=True,
+                    tooltip=(
+                        "Which part of a picture is seen where its shape is not its bucket's: the middle, the top (for "
+                        "people), or random parts. SDXL is told which."
+                    ),
+                ),
+                io.Int.Input(
+                    "crops",
+                    default=_BUCKETS.crops,
+                    min=1,
+                    max=100,
+                    optional=True,
+                    tooltip=(
+                        "With crop 'random': different parts of a picture, each of them once in an epoch. 0 is not "
+                        "possible; 1 to 4 is typical."
+                    ),
+                ),
+                io.Int.Input(
+                    "vae_batch",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip=(
+                        "Pictures of one size that the VAE sees at once; fewer where memory runs out. 0 is not "
+                        "possible; 1 gives every picture the same latent in every run, 2 to 8 may differ by rounding."
+                    ),
+                ),
+                io.Int.Input(
+                    "remove_unused",
+                    default=0,
+                    min=0,
+                    max=3650,
+                    optional=True,
+                    tooltip=(
+                        "Days: files of this cache that no data set has used for so long are deleted. 0 is off; 30 is "
+                        "typical."
+                    ),
                 ),
             ],
             outputs=[

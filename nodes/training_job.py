@@ -47,6 +47,16 @@ class ExportJob(io.ComfyNode):
                         "model is most of the memory; one process makes no difference."
                     ),
                 ),
+                io.Combo.Input(
+                    "train_weights",
+                    options=["adapter", "all"],
+                    default="adapter",
+                    tooltip=(
+                        "adapter: a LoRA or what Adapter says. all: every weight of the model, in fp32, saved in "
+                        "output/diffusion_models under filename_prefix; several processes share weights, gradients "
+                        "and optimizer state. rank, lora_alpha and targets then mean nothing."
+                    ),
+                ),
             ],
             outputs=[io.String.Output(display_name="job_file", tooltip="Path of the job.toml.")],
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..training.checkpoint import digest
+from ..training.dataset.buckets import CROPS as CROPS
 from ..training.dataset.buckets import BucketConfig
 from ..training.dataset.captions import CaptionConfig, escape, write_caption
 from ..training.dataset.catalog import Catalog
@@ -22,12 +23,23 @@ from ..training.dataset.encoded import EncodedDataset, EncodedPicture, statistic
 from ..training.dataset.report import Report
 from ..training.dataset.scan import Entry, Pictures
 from ..training.dataset.store import ShardWriter, Store, set_aside
+from ..training.dataset.unused import (
+    LOOKED_BACK,
+    AtWork,
+    UnreadableListError,
+    at_work,
+    find_unused,
+    note_use,
+    remove_unused,
+)
 from .identity import clip_identity, vae_identity
 from .paths import cache_folder
 from .pictures import Batches, Preparation, View, ahead, has_record
 
 
 logger = logging.getLogger(__name__)
+CLIP_TOKENS = 77
+"""A chunk of CLIP's: 75 tokens, begin and end."""
 
 
 def encode_dataset(
@@ -40,32 +52,40 @@ def encode_dataset(
     verify: bool = True,
     node_id: str | None = None,
     vae_batch: int = 1,
+    remove_unused: int = 0,
 ) -> EncodedDataset:
     """Encode what the cache `name` lacks. What is done stays when the run is cancelled or fails.
 
     ValueError where no picture is left, or where the disk refuses the cache; single pictures are skipped and named.
     """
-    encoder = Encoder(vae, clip, cache_folder(name), buckets or BucketConfig(), captions or CaptionConfig(), verify)
-    encoder.vae_batch = vae_batch
-    encoder.progress = comfy.utils.ProgressBar(len(pictures.entries), node_id=node_id)
-    encoder.report.extend(pictures.report)
+    folder = cache_folder(name)
     try:
-        return encoder.run(pictures.entries)
+        folder.mkdir(parents=True, exist_ok=True)
+        with at_work(folder) as sign:
+            encoder = Encoder(vae, clip, folder, buckets or BucketConfig(), captions or CaptionConfig(), verify)
+            encoder.vae_batch, encoder.remove_unused, encoder.sign = vae_batch, remove_unused, sign
+            encoder.progress = comfy.utils.ProgressBar(len(pictures.entries), node_id=node_id)
+            encoder.report.extend(pictures.report)
+            try:
+                return encoder.run(pictures.entries)
+            finally:
+                encoder.store.close()
     except OSError as error:
         raise ValueError(
-            f"could not write the cache {encoder.store.folder}: {error}. Free some space, or start ComfyUI with another"
+            f"could not write the cache {folder}: {error}. Free some space, or start ComfyUI with another"
             " --output-directory; what is encoded so far is kept"
         ) from error
-    finally:
-        encoder.store.close()
 
 
 class Encoder:
     """One pass over a data set; see `encode_dataset`."""
 
     progress: Any
+    sign: AtWork
     vae_batch = 1
     """Pictures that the VAE sees at once."""
+    remove_unused = 0
+    """Days after which what nothing uses is deleted; 0 is never."""
 
     def __init__(
         self,
@@ -82,7 +102,6 @@ class Encoder:
         self.vae, self.clip, self.buckets, self.captions, self.verify = vae, clip, buckets, captions, verify
         self.vae_name, self.clip_name = vae_identity(vae), clip_identity(clip)
         self.report = Report()
-        folder.mkdir(parents=True, exist_ok=True)
         self.store = Store(folder)
         self.catalog = Catalog(folder / "files.json")
         self.infos: dict[str, Any] = {}
@@ -112,6 +131,8 @@ class Encoder:
             raise ValueError(f"none of the {len(entries)} pictures could be used\n{self.report.text()}")
         statistics = statistics_of(list(self.infos.values()))
         self._summarize(len(found), statistics, time.monotonic() - started)
+        note_use(self.store.folder, {self._text_key(dropped)}.union(*((*p.latents, *p.texts) for p in found)))
+        self.report.figures.append(self._clean_up())
         text = self.report.text()
         logger.info("encoded %s:\n%s", self.store.folder, text)
         return EncodedDataset(self.store.folder, found, self._text_key(dropped), self.verify, text, statistics)
@@ -127,7 +148,7 @@ class Encoder:
             closing(ahead(prepare, entries)) as pictures,
         ):
             for number, picture in enumerate(pictures):
-                comfy.model_management.throw_exception_if_processing_interrupted()
+                self._go_on()
                 for note in picture.notes:
                     self.report.note(picture.name, note)
                 if picture.error:
@@ -158,7 +179,11 @@ class Encoder:
             writer.add(view.key, {"latent": latent} if mask is None else {"latent": latent, "mask": mask}, info)
             self.infos[view.key] = info
             self.encoded["latents"] += 1
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.sign.touch()
 
     def _texts_of(self, entry: Entry) -> tuple[str, list[str]]:
         """(name, the distinct captions of the picture)."""
@@ -173,7 +198,7 @@ class Encoder:
                 key = self._text_key(text)
                 if key in done or has_record(self.store, key, self.verify, partial(self.report.note, name)):
                     continue
-                comfy.model_management.throw_exception_if_processing_interrupted()
+                self._go_on()
                 done.add(key)
                 tokens, cut = limit_chunks(self.clip.tokenize(text), self.captions.max_chunks)
                 if cut:
@@ -196,19 +221,42 @@ class Encoder:
             sizes[size] = sizes.get(size, 0) + 1
         channels = ", ".join(f"{mean:.3f} ± {std:.3f}" for mean, std in statistics)
         self.report.figures += [
-            f"{count} pictures in {len(sizes)} buckets: "
+            f"{count} pictures in {len(sizes)} bucket{'' if len(sizes) == 1 else 's'}: "
             + ", ".join(f"{width}x{height} ({n})" for (width, height), n in sorted(sizes.items())),
             f"encoded now: {self.encoded['latents']} latents and {self.encoded['texts']} captions in {seconds:.1f} s; "
             f"{len(self.infos) - self.encoded['latents']} latents were in the cache",
             f"latents of this VAE by channel, mean ± standard deviation: {channels}",
         ]
 
+    def _clean_up(self) -> str:
+        """What is to be said of records that nothing uses any more."""
+        days = self.remove_unused or LOOKED_BACK
+        try:
+            found = remove_unused(self.store, days) if self.remove_unused else find_unused(self.store, days)
+        except UnreadableListError as error:
+            return f"what is unused in the cache is not known: {error}"
+        if found is None:
+            return "nothing was removed from the cache: another encoding is filling it"
+        size = f"{len(found.files)} files of {found.bytes / 1e6:.1f} MB that no data set used for {days} days"
+        partly = f"; {found.partly / 1e6:.1f} MB more are in files with used ones" if found.partly else ""
+        if self.remove_unused:
+            return f"removed from the cache: {size}{partly}"
+        unused = f", of it {size}{partly}: remove_unused deletes such files" if found.files else ""
+        return f"the cache has {found.total / 1e6:.1f} MB{unused}"
+
 
 def limit_chunks(tokens: dict[str, Any], limit: int) -> tuple[dict[str, Any], int]:
-    """At most `limit` chunks for each tokenizer, and how many there were if some were cut, else 0."""
-    longest = max((len(rows) for rows in tokens.values() if isinstance(rows, list)), default=0)
-    cut = {name: rows[:limit] if isinstance(rows, list) else rows for name, rows in tokens.items()}
-    return cut, longest if longest > limit else 0
+    """At most `limit` chunks for each CLIP tokenizer, and how many there were if some were cut, else 0.
+
+    Other tokenizers (T5, language models) give one row, or rows of another length, and are left as they are.
+    """
+    chunked = {
+        name: rows
+        for name, rows in tokens.items()
+        if isinstance(rows, list) and all(len(row) == CLIP_TOKENS for row in rows)
+    }
+    longest = max(map(len, chunked.values()), default=0)
+    return {**tokens, **{name: rows[:limit] for name, rows in chunked.items()}}, longest if longest > limit else 0
 
 
 def encode_node(
@@ -222,9 +270,10 @@ def encode_node(
     verify: bool,
     node_id: str | None = None,
     vae_batch: int = 1,
+    remove_unused: int = 0,
     **sizes: Any,
 ) -> tuple[EncodedDataset, str]:
     """(the data set, its report) from the node's widgets."""
     buckets = BucketConfig(step=bucket_step, **sizes)
-    found = encode_dataset(pictures, vae, clip, name, buckets, captions, verify, node_id, vae_batch)
+    found = encode_dataset(pictures, vae, clip, name, buckets, captions, verify, node_id, vae_batch, remove_unused)
     return found, found.report

@@ -1,23 +1,28 @@
 """A training run as a folder that `train.py` runs without the page: settings, the model's graph, and the data set."""
 
+import gc
 import json
 import logging
 import os
 import sys
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import folder_paths
 import torch
 import torch.distributed as dist
+from comfy.cli_args import args
 
 from ..training.adapter_settings import AdapterConfig
 from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.dataset.encoded import EncodedDataset, EncodedPicture
-from ..training.distributed import PATIENCE, World, leave
+from ..training.distributed import LONG_PATIENCE, PATIENCE, World, leave
 from ..training.memory import MemoryConfig
+from ..training.recipe import require
 from ..training.settings_text import from_toml, to_toml
+from .finetune import finetune, save_model, with_weights
 from .headless import model_of, upstream
 from .saving import save_lora_model
 from .training import train_lora
@@ -32,7 +37,8 @@ COMMENT = """A training run of ComfyUI-Tidetable, written by the node Export Tra
     torchrun --nproc-per-node 8 train.py job.toml
 
 train.py is in the pack's folder. batch_size is that of all processes together. With shard_base = true each of several
-processes holds its share of the model's weights only. Keys that are not known are an error."""
+processes holds its share of the model's weights only. With train_weights = "all" the model itself is trained, in fp32,
+and saved in output/diffusion_models; [lora] then means nothing. Keys that are not known are an error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +55,7 @@ class Job:
     """The cache's folder, as Encode Dataset wrote it."""
     validation_percent: int = 0
     filename_prefix: str = "tidetable/lora"
-    """Name of the LoRA in the loras folder."""
+    """Name of the LoRA in the loras folder, or of the model in output/diffusion_models."""
     train: TrainConfig
     lora: LoRAConfig
     adapter: AdapterConfig | None = None
@@ -57,6 +63,13 @@ class Job:
     memory: MemoryConfig | None = None
     shard_base: bool = False
     """Of several processes each holds its share of the model's weights only."""
+    train_weights: Literal["adapter", "all"] = "adapter"
+    """All weights of the model are fp32 and saved as a model; several processes always share them."""
+
+    def __post_init__(self):
+        require(self.train_weights in ("adapter", "all"), "train_weights", self.train_weights, "adapter or all")
+        if self.train_weights == "all" and self.adapter is not None:
+            raise ValueError("train_weights is 'all', but an adapter is set: disconnect it, or use 'adapter'")
 
 
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -89,6 +102,7 @@ def export_job(
         run=run or RunConfig(),
         memory=memory,
         shard_base=settings.pop("shard_base", False),
+        train_weights=settings.pop("train_weights", "adapter"),
         train=with_optimizer(TrainConfig(**settings), optimizer),
     )
     records = {"dropped": dataset.dropped, "pictures": [asdict(picture) for picture in dataset.pictures]}
@@ -127,9 +141,12 @@ def write(path: Path, text: str) -> None:
 
 def run_file(path: Path) -> None:
     """Run a job file in this process, with the others of the torchrun that started it. Exits with the reason."""
-    join()
     try:
-        name = run_job(read_job(path), path.parent)
+        job = read_job(path)
+        join(PATIENCE if job.train_weights == "adapter" else LONG_PATIENCE)
+        if job.train_weights == "all":
+            args.fp32_unet = True  # ComfyUI's loaders then cast the weights up
+        name = run_job(job, path.parent)
     except ValueError as error:
         sys.exit(f"{path.name}: {error}")
     if name:
@@ -138,11 +155,11 @@ def run_file(path: Path) -> None:
         leave()
 
 
-def join() -> None:
+def join(patience: timedelta) -> None:
     """The process group of torchrun's environment; without one this process is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=patience)
 
 
 def read_job(path: Path) -> Job:
@@ -154,8 +171,9 @@ def read_job(path: Path) -> Job:
 
 
 def run_job(job: Job, folder: Path) -> str | None:
-    """Train; the name of the LoRA as loaders list it, None in all processes but the first."""
-    model = model_of(json.loads((folder / job.model_graph).read_text(encoding="utf-8")), list(job.model_output))
+    """Train; the name of the file as loaders list it, None in all processes but the first."""
+    graph = json.loads((folder / job.model_graph).read_text(encoding="utf-8"))
+    model = model_of(graph, list(job.model_output))
     records = json.loads((folder / job.dataset).read_text(encoding="utf-8"))
     pictures = tuple(
         EncodedPicture(**{**row, "latents": tuple(row["latents"]), "texts": tuple(row["texts"])})
@@ -164,6 +182,16 @@ def run_job(job: Job, folder: Path) -> str | None:
     # Encode Dataset has looked at every record; a job of several processes does not read them all again in each.
     encoded = EncodedDataset(folder / job.cache, pictures, records["dropped"], verify=World.current().size == 1)
     data = TrainingData(validation_percent=job.validation_percent, encoded=encoded)
+    leads = World.current().rank == 0
+    if job.train_weights == "all":
+        weights = finetune(model, data, job.train, job.run, job.memory)
+        if dist.is_initialized():
+            leave()  # the others need not wait for the file
+        if not leads:
+            return None
+        del model  # several processes have left it in parts
+        gc.collect()
+        return save_model(with_weights(model_of(graph, list(job.model_output)), weights), job.filename_prefix)
     memory = {"memory": job.memory, "shard_base": job.shard_base}
     result = train_lora(model, data, job.train, job.lora, adapter=job.adapter, run=job.run, **memory)
-    return save_lora_model(result.lora, job.filename_prefix, "") if World.current().rank == 0 else None
+    return save_lora_model(result.lora, job.filename_prefix, "") if leads else None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..training.data import Dataset
 from ..training.dataset.encoded import EncodedDataset
+from ..training.distributed import World
 from ..training.recipe import ObjectiveConfig
 from .encoded import encoded_datasets, largest_latent
 from .masked import refuse_encoded_prompt, with_masks_and_prior
@@ -84,8 +85,9 @@ def datasets_of(
                 "on it: disconnect text_encoder, or connect latents and positive in place of dataset"
             )
         dataset, held_out = encoded_datasets(denoiser, data.encoded, data.validation_percent, reporter.say, objective)
-        some = [dataset.latents[i] for i in range(0, len(dataset), -(-len(dataset) // CHECKED))]
-        check_latents([denoiser.real.process_latent_out(latent[None])[0] for latent in some], some, reporter)
+        if World.current().rank == 0:  # the others read nothing but their own samples
+            some = [dataset.latents[i] for i in range(0, len(dataset), -(-len(dataset) // CHECKED))]
+            check_latents([denoiser.real.process_latent_out(latent[None])[0] for latent in some], some, reporter)
         return dataset, held_out
     dataset = denoiser.dataset(samples, data.positive, data.negative)
     check_latents(samples, dataset.latents, reporter)

@@ -17,6 +17,7 @@ from ..training.config import LoRAConfig, _require
 from ..training.engine import Trainer
 from ..training.events import Event, Notice, StepDone
 from ..training.guard import Guard, GuardConfig
+from ..training.sharding import whole
 from .board import require_tensorboard
 from .paths import log_file, runs_folder
 from .progress import TrainingReporter, finite
@@ -89,7 +90,8 @@ def fingerprint(denoiser: ComfyDenoiser, trainer: Trainer, lora_config: LoRAConf
 class RunKeeper:
     """Listens to the reporter: saves what is due, and goes on where the last run of the same kind was.
 
-    Of several processes only the first saves; the others go on where it does, from the same folder.
+    Of several processes only the first saves, with the others' help where they share the weights; the others go on
+    where it does, from the same folder.
     """
 
     def __init__(self, config: RunConfig, trainer: Trainer, reporter: TrainingReporter, identity: dict[str, Any]):
@@ -106,7 +108,7 @@ class RunKeeper:
                 self.close()
                 raise
         self.last_saved, self.last_step = time.monotonic(), trainer.step
-        if self.leads:
+        if self.leads or trainer.shared:
             reporter.listeners.append(self)
 
     @property
@@ -119,8 +121,8 @@ class RunKeeper:
             self.lock.release()
 
     def __call__(self, event: Event) -> None:
-        assert self.lock is not None
-        self.lock.touch()
+        if self.lock is not None:
+            self.lock.touch()
         self._write_log(event)
         if isinstance(event, StepDone) and self._is_due(event):
             self.save()
@@ -131,11 +133,14 @@ class RunKeeper:
         ValueError where another process has taken the run's folder meanwhile.
         """
         trainer = self.trainer
-        if self.lock is None or trainer.step == self.last_step or not trainer.whole:
+        if trainer.step == self.last_step or not trainer.whole or not (self.leads or trainer.shared):
             return
-        self.lock.check()
+        if self.lock is not None:
+            self.lock.check()
         self.last_saved, self.last_step = time.monotonic(), trainer.step
         state = {"identity": self.identity, "trainer": trainer.state(), "history": self.reporter.history(trainer.step)}
+        if not self.leads:  # its part of the weights is in the first one's state
+            return
         try:
             path = write_checkpoint(self.folder, trainer.step, state, self.config.keep)
         except OSError as error:
@@ -156,6 +161,8 @@ class RunKeeper:
             return False  # the weights may be bad; the next healthy step is soon enough
         steps, minutes = self.config.checkpoint_every_steps, self.config.checkpoint_every_minutes
         late = minutes > 0 and time.monotonic() - self.last_saved >= 60 * minutes
+        if self.trainer.shared:  # a clock is each process's own
+            late = self.trainer.world.agreed(late)
         return late or (steps > 0 and event.step % steps == 0)
 
     def _find_folder(self) -> Path:
@@ -253,7 +260,7 @@ def _weights(network: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def sample_values(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().reshape(-1)
+    flat = whole(tensor.detach()).reshape(-1)
     return flat[:: max(1, len(flat) // SAMPLED_VALUES)][: SAMPLED_VALUES + 1]
 
 

@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 PATIENCE = timedelta(seconds=45)
 """How long a process waits for the others before it gives up."""
+LONG_PATIENCE = timedelta(minutes=30)
+"""The same where the first one may be writing all weights of a model meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class World:
             if self.size > 1 and self.rank == 0:
                 dist.barrier()
 
+    def agreed(self, choice: bool) -> bool:
+        """The first process's choice, in each; all must ask for it."""
+        value = torch.tensor(int(choice))
+        dist.broadcast(value, 0)
+        return bool(value)
+
     def averaged(self, loss: Callable[..., Tensor], parameters: Sequence[Tensor]) -> "Averaged":
         return Averaged(loss, parameters, self)
 
@@ -87,12 +95,14 @@ def leave() -> None:
 
 
 class Averaged:
-    """A loss whose backward pass leaves each parameter with the mean of all processes' gradients."""
+    """A loss whose backward pass leaves each parameter with the mean of all processes' gradients. Without parameters it
+    is the loss itself.
+    """
 
     def __init__(self, loss: Callable[..., Tensor], parameters: Sequence[Tensor], world: World):
         self.call: Callable[..., Tensor] = loss
         self.wrapped: DistributedDataParallel | None = None
-        if world.size > 1:
+        if world.size > 1 and parameters:
             # Adapters of layers that a batch does not reach have no gradient in it. For their sake gradients are sent
             # after every micro-batch: DDP's no_sync would lose those of a layer that only the last does not reach.
             self.wrapped = DistributedDataParallel(_Loss(loss, parameters), find_unused_parameters=True)

@@ -3,23 +3,25 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapter_kinds import AdapterNetwork
-from .checkpoint import clone
+from .checkpoint import clone, map_tensors
 from .config import TrainConfig
 from .data import BatchOrder, Dataset, row_noise, step_generator
 from .distributed import World, parts
 from .events import Event, Notice, StepDone
 from .guard import Guard
 from .noise import shape_noise, shapes_noise
-from .optim import MovingAverage, build_optimizer, learning_rate, rate_factors
+from .optim import MovingAverage, build_optimizer, learning_rate, rate_factors, total_norm
 from .optimizers import ParameterGroup, set_training_mode
 from .prior import LossTerms
 from .protocols import TrainableDenoiser
+from .sharding import gathered, is_share, like, share_state, whole
 from .timesteps import draw_t, sample_t
 from .validation import validate
 
@@ -66,7 +68,9 @@ class Trainer:
         self.parameters = [*parameters, *(p for other in others for p in other.parameters)]
         self.dataset = dataset
         self.held_out = held_out
-        self.world = World.current()
+        self.shared = any(is_share(parameter) for parameter in self.parameters)
+        """Whether several processes hold the parameters in parts."""
+        self.world = replace(World.current(), together=self.shared)
         self.world.share(config.batch_size)
         if self.world.size > 1 and config.objective.ot_pairing:
             raise ValueError(
@@ -76,7 +80,7 @@ class Trainer:
         self.accumulate = config.optimizer.accumulate if config.optimizer else 1
         self.order = BatchOrder(dataset, config.batch_size * self.accumulate, config.seed)
         self.terms = LossTerms(denoiser, dataset, config.objective, without_adapter)
-        self.loss = self.world.averaged(self.terms, self.parameters)
+        self.loss = self.world.averaged(self.terms, [] if self.shared else self.parameters)  # FSDP2 averages its own
         self.optimizer = build_optimizer(parameters, config, others)
         self.rate_factors = rate_factors(self.optimizer, config, others)
         ema_device = "cpu" if config.optimizer and config.optimizer.ema_device == "cpu" else None
@@ -158,20 +162,26 @@ class Trainer:
         if (weights["average"] is None) != (self.average is None):
             raise ValueError("only one of the saved run and this one has a moving average: use the same ema_decay")
         for parameter, saved in zip(self.parameters, weights["parameters"], strict=True):
-            parameter.copy_(saved)
+            parameter.copy_(like(saved, parameter))
         self.optimizer.load_state_dict(weights["optimizer"])
+        if self.shared:
+            share_state(self.optimizer)
         if self.average is not None:
             for average, saved in zip(self.average.average, weights["average"]["average"], strict=True):
-                average.copy_(saved)
+                average.copy_(like(saved, average))
             self.average.updates = weights["average"]["updates"]
 
     def state(self) -> dict[str, Any]:
-        """Everything that a run needs to go on, as nested dicts and lists of tensors and plain values."""
+        """Everything that a run needs to go on, as nested dicts and lists of tensors and plain values.
+
+        Weights that several processes share are put together: all of them must ask for it.
+        """
+        weights = self.weights()
         return {
             "step": self.step,
             "skipped": self.skipped,
             "rate_scale": self.rate_scale,
-            "weights": self.weights(),
+            "weights": map_tensors(weights, gathered) if self.shared else weights,
             "guard": self.guard and self.guard.state(),
         }
 
@@ -265,8 +275,7 @@ class Trainer:
     def _clip_gradients(self) -> float:
         """The norm before clipping. One pass over all tensors; none to scale them where that would change nothing."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
-        norm = torch.linalg.vector_norm(torch.stack(list(norms))).item()
+        norm = whole(total_norm(gradients)).item() if gradients else 0.0
         limit = self.config.max_grad_norm
         if 0 < limit < norm:
             torch._foreach_mul_(gradients, limit / norm)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .data import step_generator
 from .engine import Trainer
+from .sharding import like, whole
 
 
 TOLERANCE = 0.03
@@ -58,7 +59,7 @@ def prove_gradients(trainer: Trainer, tolerance: float = TOLERANCE) -> GradientP
     loss, parameters = _loss(trainer), trainer.parameters
     gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
     trainer.optimizer.zero_grad(set_to_none=True)
-    live = [i for i, g in enumerate(gradients) if g is not None and bool(g.any())]
+    live = [i for i, g in enumerate(gradients) if g is not None and bool(whole(g).any())]
     if not live or not math.isfinite(loss):
         return GradientProof(math.inf, 0, 0)
     directions = [[i] for i in _spread(live, gradients)]
@@ -77,7 +78,7 @@ def _loss(trainer: Trainer) -> float:
 
 def _spread(live: list[int], gradients: Sequence[Tensor | None]) -> list[int]:
     """Of the tensors with the larger half of the gradients, NUM_TENSORS evenly from the first to the last."""
-    norms = {i: g.norm().item() for i in live if (g := gradients[i]) is not None}
+    norms = {i: whole(g.norm()).item() for i in live if (g := gradients[i]) is not None}
     median = sorted(norms.values())[len(norms) // 2]
     large = [i for i in live if norms[i] >= median]
     count = min(NUM_TENSORS, len(large))
@@ -87,7 +88,7 @@ def _spread(live: list[int], gradients: Sequence[Tensor | None]) -> list[int]:
 @torch.no_grad()
 def _difference(trainer: Trainer, chosen: list[tuple[Tensor, Tensor]], loss: float, tolerance: float) -> float:
     """|finite difference / slope - 1| along a gradient, the best of CHANGES."""
-    slope = math.sqrt(sum(g.double().square().sum().item() for _, g in chosen))
+    slope = math.sqrt(sum(whole(g.double().square().sum()).item() for _, g in chosen))
     best = math.inf
     for change in CHANGES:
         step, values = change * abs(loss) / slope, []
@@ -103,7 +104,7 @@ def _difference(trainer: Trainer, chosen: list[tuple[Tensor, Tensor]], loss: flo
 @torch.no_grad()
 def _noticed(trainer: Trainer, still: list[Tensor]) -> bool:
     generator = torch.Generator().manual_seed(trainer.config.seed)
-    noise = [(p, PROBE * torch.randn(p.shape, generator=generator).to(p)) for p in still]
+    noise = [(p, like(PROBE * torch.randn(p.shape, generator=generator).to(p.device, p.dtype), p)) for p in still]
     base = _loss(trainer)
     return abs(_moved(trainer, noise) - base) > NOTICED * abs(base)
 

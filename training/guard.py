@@ -18,6 +18,7 @@ from torch import Tensor
 from .checkpoint import clone
 from .config import _require
 from .events import Notice
+from .sharding import whole
 
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Guard:
         )
 
     def _report_dead(self, trainer: "Trainer") -> None:
-        dead = sum(not bool(parameter.detach().any()) for parameter in trainer.parameters)
+        dead = sum(not bool(whole(parameter.detach()).any()) for parameter in trainer.parameters)
         if dead:
             self._notice(
                 trainer,
@@ -162,6 +163,6 @@ def robust_z(value: float, window: deque[float]) -> float:
 
 
 def _relative_change(before: list[Tensor], after: list[Tensor]) -> float:
-    change = sum((new - old).square().sum().item() for old, new in zip(before, after, strict=True))
-    size = sum(new.square().sum().item() for new in after)
+    change = sum(whole((new - old).square().sum()).item() for old, new in zip(before, after, strict=True))
+    size = sum(whole(new.square().sum()).item() for new in after)
     return math.sqrt(change / size) if size else 0.0

@@ -33,6 +33,12 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * course.rate(step, config.steps, config.batch_size)
 
 
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The length of all gradients together, where the first one is: a text encoder's may be on another device."""
+    norms = torch._foreach_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+
 class MovingAverage:
     """Exponential moving average of parameters, with the decay ramped up as (1 + n) / (10 + n)."""
 

@@ -5,6 +5,7 @@ every weight, and a block's others are gathered for the length of the block's fo
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ VIEW = r"FSDP2-wrapped module \(FSDP{}\) returned a view"
 
 
 @contextmanager
-def in_shares(network: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
+def in_shares(network: nn.Module, blocks: Sequence[nn.Module], patience: timedelta = PATIENCE) -> Iterator[None]:
     """Leave this process its share of the network's weights, for good. ValueError where they cannot be cut.
 
     Gathering has a process group of its own: the order of its messages and that of DDP's then need not be the same in
@@ -31,12 +32,13 @@ def in_shares(network: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]
     except ImportError as error:
         raise ValueError(f"torch {torch.__version__} has no fully_shard, 2.6 has: update torch") from error
     refuse_unfit(network)
-    group: Any = dist.new_group(timeout=PATIENCE)
+    group: Any = dist.new_group(timeout=patience)
     mesh = DeviceMesh.from_group(group, next(network.parameters()).device.type)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", VIEW.format(type(network).__name__), UserWarning)
         for module in dict.fromkeys([*blocks, network]):
-            fully_shard(module, mesh=mesh)
+            # Of the outermost one FSDP2 would keep what it gathered: stale where weights change before the next pass.
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
         yield
 
 
@@ -52,6 +54,39 @@ def refuse_unfit(network: nn.Module) -> None:
             reason = f"is a {type(parameter.data).__name__}, which has more to it than its values"
         if reason:
             raise ValueError(f"the weights cannot be shared by several processes: {name} {reason}")
+
+
+def is_share(tensor: Tensor) -> bool:
+    """Whether this process holds a part of the tensor only: torch's DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor; of a share all processes must ask for it. `item` of a reduced share is one process's own."""
+    return tensor.full_tensor() if is_share(tensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The same in main memory, to be saved."""
+    return whole(tensor).detach().cpu() if is_share(tensor) else tensor
+
+
+def like(value: Tensor, parameter: Any) -> Tensor:
+    """Of a whole value what a process holds of the parameter; no message is sent."""
+    if not is_share(parameter) or is_share(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.detach().to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def share_state(optimizer: Any) -> None:
+    """Of an optimizer's state, loaded whole, keep what belongs to this process's shares."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and parameter.ndim:
+                state[name] = like(value, parameter)
 
 
 def local_bytes(network: nn.Module) -> int:

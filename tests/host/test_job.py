@@ -18,6 +18,7 @@ from devtools import loading
 from tidetable.runtime import tiny
 from tidetable.runtime.dataset import images_dataset
 from tidetable.runtime.encoding import encode_dataset
+from tidetable.runtime.finetune import finetune
 from tidetable.runtime.job import Job, export_job, read_job, run_job
 from tidetable.runtime.model_sampling import patch_flow_shift
 from tidetable.runtime.tiny_data import tiny_dataset
@@ -106,6 +107,24 @@ def test_a_job_is_the_node_s_run_with_one_process_and_with_two(encoded):
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-6, msg=f"{key} with {processes}")
+
+
+def test_all_weights_are_trained_by_two_processes_as_by_one(encoded):
+    path = export(encoded, train_weights="all", adapter=None, run=RunConfig(resume="off"))
+    said = run(path, 2)
+    assert "exit 0" in said and said.count("saved tidetable/job_00001_.safetensors") == 1, said
+    found = load_file(Path(folder_paths.get_output_directory(), "diffusion_models/tidetable/job_00001_.safetensors"))
+    job = read_job(path)
+    model = patch_flow_shift(tiny.load_tiny_model("mmdit-flow"), "shift", 2.5, 0.0, 256, 256)[0]
+    before = model.model.diffusion_model.state_dict()
+    expected = finetune(model, TrainingData(validation_percent=20, encoded=encoded), job.train, job.run)
+    assert found.keys() == {f"model.{key}" for key in expected} == {f"model.diffusion_model.{key}" for key in before}
+    for key, value in expected.items():
+        torch.testing.assert_close(found[f"model.{key}"], value, rtol=1e-4, atol=2e-6, msg=key)
+    moved = sum(not torch.equal(expected[f"diffusion_model.{key}"], value) for key, value in before.items())
+    assert moved > 0.9 * len(before)
+    with pytest.raises(ValueError, match="train_weights is 'all', but an adapter is set"):
+        export(encoded, train_weights="all")
 
 
 def test_a_lost_process_stops_the_others_and_the_job_goes_on_with_another_number(encoded):

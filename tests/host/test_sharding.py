@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tidetable.tests.host.sharded_child import run_case
+from tidetable.tests.host.sharded_child import run_all, run_case
 
 
-NAMES = ("mmdit", "unet", "flux", "flux_kept", "unknown", "wrong")
+NAMES = ("mmdit", "unet", "flux", "flux_kept", "unknown", "wrong", "4@taken", "2@given", "2@adamw", "2@unet")
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> Path:
     """The folder with what two processes wrote."""
     folder = tmp_path_factory.mktemp("shared")
+    run_all("taken", 2, folder / "taken")
     script = str(Path(__file__).with_name("sharded_child.py"))
     children = [
         subprocess.Popen([sys.executable, script, str(rank), "2", str(folder / "meeting"), str(folder), *NAMES],
@@ -72,3 +73,19 @@ def test_the_proof_is_one_of_all_processes(shared):
 def test_a_network_that_adds_in_place_needs_recomputed_blocks(shared):
     for one in facts(shared, "flux_kept"):
         assert "Flux adds to tensors in place" in one["error"] and one["part"] == one["whole"]
+
+
+def test_all_weights_another_number_of_processes_goes_on(shared, tmp_path):
+    """Begun by one process and ended by two, and the other way around."""
+    expected, _ = run_all("alone", 4, tmp_path)
+    for rank in range(2):
+        assert close(load_file(shared / f"4@taken_{rank}.safetensors"), expected)
+    assert close(run_all("given", 4, shared / "given")[0], expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "unet"])
+def test_all_weights_two_processes_learn_what_one_does(shared, tmp_path, name):
+    expected, _ = run_all(name, 2, tmp_path)
+    for rank, one in enumerate(facts(shared, f"2@{name}")):
+        assert close(load_file(shared / f"2@{name}_{rank}.safetensors"), expected)
+        assert abs(one["part"] / one["whole"] - 0.5) < 0.01

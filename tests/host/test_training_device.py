@@ -7,6 +7,7 @@ import torch
 from tidetable.benchmarks import published
 from tidetable.benchmarks.training_shapes import SHAPES, meta_inputs
 from tidetable.runtime.gradients import memory_saving
+from tidetable.runtime.objective import seen_in_flow
 from tidetable.runtime.trainable import ComfyDenoiser
 from tidetable.training.adapter_kinds import AdapterNetwork
 from tidetable.training.adapter_settings import AdapterConfig
@@ -25,6 +26,9 @@ OBJECTIVES = {
     "weighted": ObjectiveConfig(weighting="min_snr", loss="huber"),
     "offset": ObjectiveConfig(offset_noise=0.1, input_perturbation=0.1),
     "pyramid": ObjectiveConfig(pyramid_discount=0.3),
+    "class": ObjectiveConfig(prior_weight=1.0),
+    "mask": ObjectiveConfig(masked_loss="normalized", prior_weight=1.0, prior_on="outside_mask"),
+    "bridge": ObjectiveConfig(flow="bridge"),
 }
 
 
@@ -51,12 +55,14 @@ def test_the_meta_device_refuses_mixtures():
 def test_a_step_stays_on_the_device(denoiser, objective, blocks):
     x, _, inputs = meta_inputs(TINY)
     row = {"c_crossattn": inputs["context"], "y": inputs["y"]}
-    dataset = Dataset([x[0].float()] * 4, [row] * 4, row)
+    masks = [torch.ones(1, *x.shape[2:], device=META)] * 4
+    dataset = Dataset([x[0].float()] * 4, [row] * 4, row, masks=masks, prior_conditions=[row] * 4)
     diffusion_model = denoiser.real.diffusion_model
     layers = select_targets(dict(diffusion_model.named_modules()), "linear_conv")
     network = AdapterNetwork(layers, AdapterConfig(rank=4, rank_dropout=0.1, module_dropout=0.5), META)
     config = TrainConfig(steps=1, batch_size=4, caption_dropout=0.3, objective=OBJECTIVES[objective])
-    trainer = Trainer(config, denoiser, network.trainable(), dataset)
+    seen = seen_in_flow(denoiser, config.objective)
+    trainer = Trainer(config, seen, network.trainable(), dataset, without_adapter=network.disabled)
     trainer.adapter, trainer.rows_at_once = network, 2
     with network.installed(), memory_saving(diffusion_model, MemoryConfig(gradient_checkpointing=blocks)):
         loss = trainer._gradients()

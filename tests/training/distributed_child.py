@@ -4,6 +4,7 @@ Trains a small network from step FROM to step TO, going on from FOLDER's checkpo
 next there.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -48,6 +49,18 @@ class Network(PointDenoiser):
         return out + torch.einsum("ij,bjhw->bihw", self.mix, x_t)
 
 
+class Watched(list):
+    """Latents, and which of them were read."""
+
+    def __init__(self, latents):
+        super().__init__(latents)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
 def main() -> None:
     rank, size, rendezvous, folder, steps = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
     torch.set_num_threads(1)
@@ -55,7 +68,8 @@ def main() -> None:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
     generator = torch.Generator().manual_seed(1)
     latents = [torch.randn(3, 4, 4, generator=generator) for _ in range(21)]
-    data, held_out = Dataset(latents[:16], [i / 16 for i in range(16)], 0.0), Dataset(latents[16:], [0.5] * 5)
+    watched = Watched(latents[:16])
+    data, held_out = Dataset(watched, [i / 16 for i in range(16)], 0.0, keys=[0] * 16), Dataset(latents[16:], [0.5] * 5)
     objective = ObjectiveConfig(offset_noise=0.1, pyramid_discount=0.3, input_perturbation=0.1)
     base = TrainConfig(steps=12, batch_size=4, learning_rate=1e-2, caption_dropout=0.2, objective=objective)
     config = with_optimizer(base, OptimizerConfig(accumulate=2, ema_decay=0.9, warmup=2))
@@ -72,6 +86,7 @@ def main() -> None:
             validations.append(event.loss)
         if trainer.step == steps and isinstance(event, StepDone):
             break
+    Path(folder, f"read_{rank}.json").write_text(json.dumps(watched.read))
     if rank == 0:
         write_checkpoint(Path(folder), trainer.step, {"trainer": trainer.state(), "losses": losses,
                          "validations": validations, "batches": network.batches}, 9)  # fmt: skip

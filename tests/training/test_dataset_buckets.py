@@ -1,13 +1,14 @@
 """Laws of sizes and cuts, and that pixels go where the record says."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tidetable.training.dataset.buckets import BucketConfig, buckets, place
+from tidetable.training.dataset.buckets import BucketConfig, buckets, cuts, place
 from tidetable.training.dataset.images import fit
 
 
@@ -83,6 +84,33 @@ def test_the_cut_of_a_mirrored_picture_is_that_of_the_mirror_image():
     assert torch.equal(fit(picture, found, flipped=True), fit(picture, found).flip(1))
 
 
+def test_random_parts_lie_in_the_picture_and_every_corner_is_as_likely():
+    config = BucketConfig(resolution=128, step=32, max_aspect=1.0, crop="random")
+    middle = place(200, 128, config)
+    found = [cuts(middle, config, f"content {k}")[0] for k in range(4000)]
+    lefts = [at.left for at in found]
+    assert all(replace(at, left=middle.left) == middle for at in found), "nothing else moves"
+    assert set(lefts) == set(range(73)), "from one edge to the other"
+    assert abs(np.mean(lefts) - 36) < 1.5 and abs(np.var(lefts) / ((73**2 - 1) / 12) - 1) < 0.06
+    assert cuts(middle, config, "content 5") == cuts(middle, config, "content 5")
+
+
+def test_parts_are_distinct_grow_by_one_another_and_there_are_no_more_than_there_can_be():
+    config = BucketConfig(resolution=128, step=32, max_aspect=1.0, crop="random", crops=6)
+    wide, narrow, exact = (place(width, 128, config) for width in (400, 129, 128))
+    assert len(set(cuts(wide, config, "x"))) == 6
+    assert cuts(wide, config, "x")[:4] == cuts(wide, replace(config, crops=4), "x")
+    assert len(cuts(narrow, config, "x")) == narrow.resized[0] - 127 < 6 and cuts(exact, config, "x") == (exact,)
+
+
+def test_the_upper_edge_is_kept():
+    config = BucketConfig(resolution=128, step=32, max_aspect=1.0, crop="top")
+    tall, wide = place(128, 300, config), place(300, 128, config)
+    assert cuts(tall, config, "x") == (replace(tall, top=0),) and tall.top == 86
+    assert cuts(wide, config, "x") == (wide,), "left and right stay the middle"
+    assert cuts(tall, replace(config, crop="middle"), "x") == (tall,)
+
+
 def test_files_and_tensors_are_resized_alike_and_the_right_size_is_untouched():
     pixels = np.random.default_rng(0).integers(64, 192, (200, 333, 3), dtype=np.uint8)
     config = BucketConfig(resolution=128, step=32)
@@ -93,7 +121,10 @@ def test_files_and_tensors_are_resized_alike_and_the_right_size_is_untouched():
     assert torch.equal(fit(exact, place(128, 128, config)), exact)
 
 
-@pytest.mark.parametrize("wrong", [{"step": 4}, {"resolution": 32}, {"max_aspect": 0.5}, {"max_upscale": 0.9}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"step": 4}, {"resolution": 32}, {"max_aspect": 0.5}, {"max_upscale": 0.9}, {"crops": 0}, {"crop": "left"}],
+)
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))}, but it must be"):
         BucketConfig(**wrong)

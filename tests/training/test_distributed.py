@@ -1,5 +1,6 @@
 """Several processes learn what one does, and another number of them can go on from their checkpoint."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def run(folder: Path, size: int, steps: int) -> dict:
         assert child.returncode == 0, output
     saved, _ = read_newest(folder)
     assert saved is not None
-    return saved
+    return {**saved, "read": [json.loads((folder / f"read_{rank}.json").read_text()) for rank in range(size)]}
 
 
 def close(a: dict, b: dict) -> bool:
@@ -50,6 +51,9 @@ def test_processes_share_a_batch(tmp_path, alone):
     assert close(alone, two)
     moved = alone["trainer"]["weights"]["parameters"]
     assert moved[0].abs().sum() > 0 and moved[2].abs().sum() > 0 and moved[3].abs().sum() == 0
+    # A process reads its own samples only: the first half of each step's, or the second.
+    halves = [[rows[first : first + 4] for first in range(0, len(rows), 4)] for rows in two["read"]]
+    assert [row for first, second in zip(*halves, strict=True) for row in first + second] == alone["read"][0]
     assert alone["batches"][10:] == [4] * 24 and two["batches"][5:] == [2] * 24
 
 

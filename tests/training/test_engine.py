@@ -9,7 +9,7 @@ from tidetable.tests.training.solvable import CENTER, PointDenoiser, point_datas
 from tidetable.training.config import TrainConfig
 from tidetable.training.engine import MAX_SKIPPED, Trainer
 from tidetable.training.events import StepDone, Validated
-from tidetable.training.optim import MovingAverage, learning_rate
+from tidetable.training.optim import MovingAverage, learning_rate, total_norm
 
 
 def trainer(denoiser=None, held_out=None, data=None, **settings):
@@ -86,6 +86,14 @@ def test_clipping_is_torchs(limit):
     assert math.isclose(run._clip_gradients(), norm.item(), rel_tol=1e-6)
     for parameter, other in zip(parameters, expected, strict=True):
         assert torch.allclose(parameter.grad, other.grad, rtol=1e-5)
+
+
+def test_gradients_on_two_devices_have_one_norm():
+    """Torch's meta device stands for a graphics card: like one it refuses tensors from elsewhere."""
+    with pytest.raises(RuntimeError, match="device"):
+        torch.ones(3) + torch.ones(3, device="meta")
+    norm = total_norm([torch.ones(3, device="meta"), torch.ones(2, 2), torch.ones((), device="meta")])
+    assert norm.shape == () and norm.device.type == "meta"
 
 
 def test_warmup_rises_and_cosine_falls_to_zero():

@@ -99,7 +99,7 @@ def place(width: int, height: int, config: BucketConfig) -> Placement:
 def cuts(middle: Placement, config: BucketConfig, name: str) -> tuple[Placement, ...]:
     """The parts of a picture that are seen, from its placement in the middle; random ones follow from `name`.
 
-    Every corner is as likely. A picture that fits its bucket has one part only, others at most `config.crops`.
+    Every corner is as likely, and no two parts are the same: a picture that fits its bucket has one only.
     """
     if config.crop == "middle":
         return (middle,)
@@ -107,7 +107,9 @@ def cuts(middle: Placement, config: BucketConfig, name: str) -> tuple[Placement,
         return (replace(middle, top=0),)
     free = [whole - seen for whole, seen in zip(middle.resized, middle.bucket, strict=True)]
     draw = random.Random(name)
-    corners = dict.fromkeys(tuple(draw.randint(0, slack) for slack in free) for _ in range(config.crops))
+    corners: dict[tuple[int, int], None] = {}
+    while len(corners) < min(config.crops, (free[0] + 1) * (free[1] + 1)):
+        corners[draw.randint(0, free[0]), draw.randint(0, free[1])] = None
     return tuple(replace(middle, left=left, top=top) for left, top in corners)
 
 

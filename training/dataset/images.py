@@ -53,9 +53,12 @@ def decode(data: bytes) -> tuple[Image.Image, list[str]]:
         raise
     except MemoryError as error:
         raise BadImageError("is too large for the memory") from error
-    except UnidentifiedImageError as error:  # its words name an object of Python
-        raise BadImageError("is not a whole picture, or of a kind that cannot be read") from error
-    except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, struct.error, …
+    except UnidentifiedImageError as error:
+        reason = "its kind cannot be told from its first bytes" if data else "the file is empty"
+        raise BadImageError(f"is not a whole picture ({reason})") from error
+    except OSError as error:
+        raise BadImageError(f"is not a whole picture ({error})") from error
+    except Exception as error:  # damaged files raise nearly anything: SyntaxError, struct.error, …
         raise BadImageError(f"is not a whole picture ({type(error).__name__}: {error})") from error
 
 

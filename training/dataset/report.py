@@ -1,11 +1,14 @@
 """What was found out about a data set on the way: every file that was left out, mended or read in an unusual way."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
 
 SHOWN = 100
 """Lines that a printed report has of each severity; the rest is counted."""
+KINDS = 10
+"""Sorts of reasons that are counted there, the most frequent first."""
 
 
 @dataclass
@@ -37,9 +40,7 @@ class Report:
                 lines.append(f"{title}: {len(entries)}")
                 lines += [f"  {name}: {text}" for name, text in entries[:SHOWN]]
             if len(entries) > SHOWN:
-                lines.append(f"  and {len(entries) - SHOWN} more")
+                lines.append(f"  and {len(entries) - SHOWN} more. In all:")
+                kinds = Counter(re.split(r" \(|: ", text)[0] for _, text in entries).most_common(KINDS)
+                lines += [f"  {count} times: {kind}" for kind, count in kinds]
         return "\n".join(lines)
-
-    def counts(self) -> dict[str, int]:
-        """How often each reason for leaving a file out came up."""
-        return dict(Counter(reason for _, reason in self.skipped))

@@ -133,6 +133,8 @@ class Store:
     def __init__(self, folder: Path):
         self.folder = folder
         self.places: dict[str, Place] = {}
+        self.shards: list[Path] = []
+        """Those that are whole, the oldest first."""
         self.damaged: list[tuple[Path, str]] = []
         """Shards that could not be opened, and why."""
         self._shards: dict[str, _Shard] = {}
@@ -150,12 +152,13 @@ class Store:
 
     def refresh(self) -> None:
         """Read the headers anew."""
-        self.places, self.damaged = {}, []
+        self.places, self.shards, self.damaged = {}, [], []
         self._views.clear()
         for path in sorted(self.folder.glob(PATTERN), key=_age):
             try:
                 for key, place in _read_header(path):
                     self.places[key] = place  # the newest has the last word: it may be a repair
+                self.shards.append(path)
             except FileNotFoundError:
                 continue  # another process has set it aside just now
             except DamagedShardError as error:
