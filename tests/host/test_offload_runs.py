@@ -25,6 +25,7 @@ from tidetable.tests.host.test_gradients import relative
 from tidetable.tests.host.test_offload import TOLERANCE, borrowed, by_comfyui_alone, patched, session
 from tidetable.tests.host.test_quantized import made
 from tidetable.tests.host.test_tiny import encode
+from tidetable.tests.host.test_training_previews import made as preview_of
 from tidetable.tests.host.test_training_run import cancel_at
 from tidetable.tests.host.training_runs import quick_run
 from tidetable.training.config import LoRAConfig, TrainConfig
@@ -106,6 +107,15 @@ def test_a_run_that_ends_early_leaves_the_model_as_it_was(plain, end, monkeypatc
         assert torch.equal(sample(model), picture)
 
 
+def test_a_preview_samples_with_the_weights_where_they_are_and_disturbs_nothing(plain):
+    model, clip, vae = plain[0], tiny.load_tiny_clip(), tiny.load_tiny_vae()
+    with torch.inference_mode():
+        prompts = [encode(clip, "a letter")], encode(clip, "")
+    expected = train(model, memory=OFFLOAD).lora
+    result = train(model, memory=OFFLOAD, preview=preview_of(model, prompts, vae=[vae]))
+    assert difference(result.lora, expected) == 0 and len(result.ui["images"]) == 2
+
+
 def test_what_is_not_trained_leaves_the_device_and_comes_back(plain):
     model, clip, vae = plain[0], tiny.load_tiny_clip(), tiny.load_tiny_vae()
     image, seen = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0)), []
@@ -131,17 +141,22 @@ def test_what_is_not_trained_leaves_the_device_and_comes_back(plain):
 # ── weights that ComfyUI leaves in main memory ──────────────────────────────────────────────────────────────────────
 
 
-def test_a_model_that_comfyui_never_loads_in_full_is_right_with_full_too(monkeypatch):
-    """As with --novram: its weights stay in main memory whatever is asked for."""
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_model_that_comfyui_does_not_load_in_full_is_right_with_full_too(share):
+    """Part of its weights in main memory, as where they do not fit, or all, as with --novram whatever is asked for."""
     model = network_of("sd15")
     with session("sd15", model, "full") as (denoiser, trained, loss):
         plain = gradients(denoiser, trained, loss)
+
+    def leave(patcher, *_):
+        patcher.partially_unload(patcher.offload_device, share * patcher.model_size())
+
     with borrowed(model) as (other, _):
-        other.add_callback(
-            CallbacksMP.ON_LOAD, lambda patcher, *_: patcher.partially_unload(patcher.offload_device, 1e32)
-        )
+        other.add_callback(CallbacksMP.ON_LOAD, leave)
         with session("sd15", other, "full") as (denoiser, trained, loss):
-            assert denoiser.real.model_lowvram and relative(gradients(denoiser, trained, loss), plain) < TOLERANCE
+            loaded = denoiser.patcher.loaded_size() / denoiser.patcher.model_size()
+            assert denoiser.real.model_lowvram and loaded == pytest.approx(1 - share, abs=0.2)
+            assert relative(gradients(denoiser, trained, loss), plain) < TOLERANCE
 
 
 @pytest.mark.parametrize("right", [True, False])
