@@ -18,7 +18,8 @@ class TrainingMemory(io.ComfyNode):
             category="Tidetable/training",
             description=(
                 "Trades time for memory in training. With gradient checkpointing every block of the network keeps only "
-                "its inputs and is computed a second time in the backward pass. What is learned stays the same."
+                "its inputs and is computed a second time in the backward pass. With offloading, what is kept waits in "
+                "main memory. What is learned stays the same."
             ),
             inputs=[
                 io.Combo.Input(
@@ -40,13 +41,21 @@ class TrainingMemory(io.ComfyNode):
                         "them, is typical, 2 or 3 where memory is left."
                     ),
                 ),
+                io.Boolean.Input(
+                    "offload_activations",
+                    default=_MEMORY.offload_activations,
+                    tooltip=(
+                        "On: what is kept for the backward pass is kept in main memory, with blocks their inputs. "
+                        "Slower by the way there and back; the weights stay on the GPU. Off is typical."
+                    ),
+                ),
             ],
             outputs=[MemorySettings.Output(display_name="memory", tooltip="For the input 'memory' of Train LoRA.")],
         )
 
     @classmethod
-    def execute(cls, gradient_checkpointing: str, every: int) -> io.NodeOutput:
-        return io.NodeOutput(MemoryConfig(gradient_checkpointing=gradient_checkpointing, every=every))
+    def execute(cls, **settings) -> io.NodeOutput:
+        return io.NodeOutput(MemoryConfig(**settings))
 
 
 NODES: list[type[io.ComfyNode]] = [TrainingMemory]

@@ -17,6 +17,8 @@ class MemoryConfig:
     """"blocks": a block of the network keeps its inputs only, and is computed once more in backward."""
     every: int = 1
     """Of the blocks, every so many is recomputed, the others are kept; at least 1."""
+    offload_activations: bool = False
+    """What is kept for the backward pass is kept in main memory: with "blocks" the inputs of the blocks."""
 
     def __post_init__(self):
         known = ("off", "blocks")
