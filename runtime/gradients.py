@@ -10,7 +10,7 @@ from torch import nn
 from ..training.engine import Trainer
 from ..training.gradient_proof import COARSE_TOLERANCE, TOLERANCE, prove_gradients
 from ..training.memory import MemoryConfig
-from ..training.offload import offloaded
+from ..training.activations import offloaded
 from ..training.recompute import recomputed
 from .quantized import storage_of
 from .trainable import ComfyDenoiser

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .offload import Away, Offload
+from .activations import Away, Offload
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from tidetable.runtime.gradients import memory_saving
 from tidetable.runtime.training import TrainingData, train_lora
 from tidetable.tests.host.comparing import fingerprint
 from tidetable.tests.host.gradient_cases import gradients, network_of, prepared, prompts_of, samples_of
-from tidetable.training import offload
+from tidetable.training import activations
 from tidetable.training.config import LoRAConfig, TrainConfig
 from tidetable.training.memory import MemoryConfig
-from tidetable.training.offload import Away, Offload
+from tidetable.training.activations import Away, Offload
 
 
 FAMILIES = ("flux", "sd3", "sdxl")
@@ -29,7 +29,7 @@ def sent(monkeypatch):
         calls.append((storage.nbytes(), storage.data_ptr(), kept))
         return kept
 
-    monkeypatch.setattr(offload, "LEAST_BYTES", LEAST)
+    monkeypatch.setattr(activations, "LEAST_BYTES", LEAST)
     monkeypatch.setattr(Offload, "keep", spy)
     return calls
 
@@ -98,7 +98,7 @@ def test_views_of_one_memory_go_and_come_once_with_their_strides():
 
 
 def test_a_run_learns_the_same_bits(monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", LEAST)
+    monkeypatch.setattr(activations, "LEAST_BYTES", LEAST)
     data = TrainingData([{"samples": samples_of("flux")}], prompts_of("flux"))
     config = TrainConfig(steps=4, batch_size=2, learning_rate=1e-3, warmup_steps=0, seed=3)
     runs = [
