@@ -11,9 +11,10 @@ async def comfy_entrypoint():
     """ComfyUI calls this once after import; returns the extension that lists the nodes."""
     from comfy_api.latest import ComfyExtension
 
-    from .nodes import NODES, serve_curves
+    from .nodes import NODES, serve_curves, serve_folders
 
     serve_curves(NODES)
+    serve_folders()
 
     class TidetableExtension(ComfyExtension):
         async def get_node_list(self):

@@ -72,8 +72,10 @@ class LiveBytes(TorchDispatchMode):
     """`peak`: the most bytes that tensors made inside took together. What was there before, like weights, is left out,
     and so is what a kernel uses for itself."""
 
-    def __init__(self):
+    def __init__(self, meta: bool = False):
+        """`meta`: tensors on torch's meta device count as if they had memory."""
         super().__init__()
+        self.meta = meta
         self.live = self.peak = 0
         self._known: set[int] = set()
 
@@ -81,7 +83,7 @@ class LiveBytes(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         if all(returned.alias_info is None for returned in func._schema.returns):  # neither a view nor in place
             for tensor in tree_leaves(output):
-                if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                if isinstance(tensor, Tensor) and (self.meta or tensor.device.type != "meta"):
                     self._note(tensor.untyped_storage())
         return output
 

@@ -2,10 +2,10 @@
 
 `cold` encodes a folder into an empty cache, `warm` the same folder again, `changed` after 5 % of the files changed;
 the embedded VAE and text encoder cost next to nothing, so this is what the pack itself costs. `read` draws every sample
-of an epoch in batches, latent and text stacked as training does, once from the cache and once from the same tensors in
-memory (by the clock, and by CPU time where other programs share the machine). The model's own conditions, which
-training makes of each sample at each visit, are not in it. `peak_bytes` is the resident memory over that at the start
-(`memory`: with the tensors loaded).
+of an epoch in batches, latents stacked and texts joined as training does, once from the cache and once from the same
+tensors in memory (by the clock, and by CPU time where other programs share the machine). The model's own conditions,
+which training makes of each sample at each visit, are not in it. `peak_bytes` is the resident memory over that at the
+start (`memory`: with the tensors loaded).
 """
 
 import argparse
@@ -94,16 +94,17 @@ def read_rows(folder: Path, count: int, batch_size: int, rounds: int) -> Iterato
     def dataset(latent: Callable[[int], torch.Tensor]) -> Dataset:
         return Dataset(Reads(count, latent), texts, keys=[0] * count)
 
-    cached = dataset(lambda place: store.read(f"latent {place}")["latent"])
+    keys, text_keys = ([f"{kind} {place}" for place in range(n)] for kind, n in (("latent", count), ("text", TEXTS)))
+    cached = dataset(lambda place: store.read(keys[place])["latent"])
     speeds: dict[str, list[float]] = {"tidetable": [], "memory": []}
     cpu: dict[str, list[float]] = {"tidetable": [], "memory": []}
     peaks = {}
-    cached_text = lambda key: store.read(f"text {key}")[0][0][0]  # noqa: E731
+    cached_text = lambda place: store.read(text_keys[place])[0][0]  # noqa: E731
     epoch(cached, cached_text, batch_size, 0)
     peaks["tidetable"], _ = with_peak(lambda: epoch(cached, cached_text, batch_size, 1))
     resident = current_bytes()
-    latents = [store.read(f"latent {place}")["latent"].clone() for place in range(count)]
-    embeddings = [store.read(f"text {place}")[0][0].clone()[0] for place in range(TEXTS)]
+    latents = [store.read(key)["latent"].clone() for key in keys]
+    embeddings = [store.read(key)[0][0].clone() for key in text_keys]
     held = dataset(latents.__getitem__)
     for number in range(rounds):  # side by side: other programs share this machine
         for arm, data, text in (("memory", held, embeddings.__getitem__), ("tidetable", cached, cached_text)):
@@ -150,7 +151,7 @@ def epoch(data: Dataset, text: Callable[[int], torch.Tensor], batch_size: int, s
     for step in range(order.batches_per_epoch):
         rows = order.indices(step)
         latents = torch.stack([data.latents[row] for row in rows])
-        texts = torch.stack([text(data.conditions[row]) for row in rows])
+        texts = torch.cat([text(data.conditions[row]) for row in rows])
         total += float(latents.flatten()[0] + texts.flatten()[0])
     return total
 

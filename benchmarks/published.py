@@ -7,6 +7,7 @@ computed is the same; only a processor's cache may notice.
 from dataclasses import dataclass, field
 
 import comfy.ldm.modules.attention as comfy_attention
+import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models
 import torch
@@ -124,15 +125,20 @@ PUBLISHED = {
 
 def build(model: Published, shape: Shape, device: torch.device) -> comfy.model_patcher.ModelPatcher:
     """The MODEL; every row goes into one forward, as if memory always allowed, and attention is torch's, as on GPUs."""
-    config = getattr(comfy.supported_models, model.config)({**model.network, **shape.network})
-    config.set_inference_dtype(torch.bfloat16, None)
-    made = config.get_model({}, "", device=torch.device("meta"))
+    made = on_meta(model, shape)
     share_weights(made.diffusion_model, device)
     made.memory_usage_factor = 0.0
     patcher = comfy.model_patcher.ModelPatcher(made, load_device=device, offload_device=device)
     options = patcher.model_options["transformer_options"]
     options["optimized_attention_override"] = torch_attention
     return patcher
+
+
+def on_meta(model: Published, shape: Shape) -> comfy.model_base.BaseModel:
+    """The model in bfloat16, its weights shapes without memory."""
+    config = getattr(comfy.supported_models, model.config)({**model.network, **shape.network})
+    config.set_inference_dtype(torch.bfloat16, None)
+    return config.get_model({}, "", device=torch.device("meta"))
 
 
 def torch_attention(function, *args, **kwargs) -> Tensor:

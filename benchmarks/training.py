@@ -16,6 +16,8 @@
 
 Arms (training_arms.py): `tidetable`, `core`, `core-bypass` (newer ComfyUI only) and `loop` train the same tensors with
 AdamW at rank 16 in fp32 without checkpointing. `tidetable-node` trains the low-rank pairs alone.
+
+With `--shape sdxl --device cuda`, the arms at a published size on a GPU: training_apart.py.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tidetable.benchmarks import training_apart
 from tidetable.benchmarks.counting import LiveBytes
 from tidetable.benchmarks.training_arms import ARMS, run_arm
 from tidetable.benchmarks.training_cases import CASES, SIDE, Data, Passes, build, make_data, parse_case
@@ -40,7 +43,10 @@ BASELINES = ("core", "core-bypass", "loop")
 
 def run(arguments: list[str]):
     """Rows (case, arm, metric, value, unit)."""
-    parser = argparse.ArgumentParser(prog="bench training")
+    if any(argument.partition("=")[0] == "--shape" for argument in arguments):
+        yield from training_apart.run(arguments)
+        return
+    parser = argparse.ArgumentParser(prog="bench training", epilog="--shape sdxl -h: at a published size, on a GPU")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
     parser.add_argument("--rounds", type=int, default=7, help="turns of each arm; 0 counts and compares only")

@@ -20,14 +20,16 @@ from comfy_extras.nodes_train import TrainLoraNode
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from tidetable.runtime.gradients import memory_saving
 from tidetable.runtime.progress import TrainingReporter
 from tidetable.runtime.trainable import ComfyDenoiser, training_session
-from tidetable.runtime.training import TrainingData, run_or_rescue, train_lora
+from tidetable.runtime.training import TrainingData, train_lora
 from tidetable.training.adapter_kinds import AdapterNetwork, LowRank
 from tidetable.training.adapter_settings import AdapterConfig
 from tidetable.training.adapters import hooked, select_targets
 from tidetable.training.config import LoRAConfig, TrainConfig
 from tidetable.training.engine import Trainer
+from tidetable.training.memory import MemoryConfig
 from tidetable.training.recipe import ObjectiveConfig
 
 from .training_cases import RANK, Data
@@ -36,7 +38,24 @@ from .training_loop import PlainLoop
 
 X0 = ObjectiveConfig(prediction="x0")
 RATE = 1e-4
+KNOWN = inspect.signature(TrainLoraNode.execute).parameters
 LORA = LoRAConfig(rank=RANK, lora_alpha=1.0, targets="linear_conv")  # ComfyUI's node has alpha 1, always
+
+
+@dataclass(frozen=True)
+class How:
+    """What the arms are asked besides a case."""
+
+    dtype: str = "fp32"
+    """In ComfyUI's words, of its node's arithmetic and adapters. Ours computes as the model does, adapters in fp32."""
+    checkpointing: bool = False
+    """Of each trainer by its blocks: ours, and what ComfyUI calls depth 2 (0.3.75 has the whole network only)."""
+
+    def memory(self) -> MemoryConfig:
+        return MemoryConfig(gradient_checkpointing="blocks" if self.checkpointing else "off")
+
+
+PLAIN = How()
 
 
 @dataclass
@@ -67,6 +86,8 @@ class Steps:
         return statistics.median(wall), statistics.median(cpu)
 
     def _note(self, optimizer, args, kwargs) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.times.append((time.perf_counter(), time.process_time()))
         if len(self.times) - 1 in self.keep:
             parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -135,48 +156,54 @@ def _shift(change: Tensor):
     return lambda layer, args, output: output + change[:, None, None]
 
 
-def train_tidetable(model: ModelPatcher, data: Data, batch: int, steps: int) -> None:
+def train_tidetable(model: ModelPatcher, data: Data, batch: int, steps: int, how: How = PLAIN) -> None:
     config = TrainConfig(
         steps=steps, batch_size=batch, learning_rate=RATE, warmup_steps=0, lr_schedule="constant", objective=X0
     )
     samples = TrainingData(data.latents, data.positive).samples()
     reporter = TrainingReporter(steps, None)
     with training_session(model) as denoiser:
-        network = WholeNetwork(dict(denoiser.real.diffusion_model.named_modules()), denoiser.device)
+        diffusion_model = denoiser.real.diffusion_model
+        network = WholeNetwork(dict(diffusion_model.named_modules()), denoiser.device)
         trainer = Trainer(config, denoiser, network.trainable(), denoiser.dataset(samples, data.positive))
-        with network.installed():
-            run_or_rescue(trainer, reporter, dict)
+        with network.installed(), memory_saving(diffusion_model, how.memory()):
+            for event in trainer.run():
+                reporter(event)
 
 
-def train_node(model: ModelPatcher, data: Data, batch: int, steps: int) -> None:
+def train_node(model: ModelPatcher, data: Data, batch: int, steps: int, how: How = PLAIN) -> None:
     config = TrainConfig(
         steps=steps, batch_size=batch, learning_rate=RATE, warmup_steps=0, lr_schedule="constant", objective=X0
     )
-    train_lora(model, TrainingData(data.latents, data.positive), config, LORA)
+    train_lora(model, TrainingData(data.latents, data.positive), config, LORA, memory=how.memory())
 
 
 def train_core(
-    model: ModelPatcher, data: Data, batch: int, steps: int, bypass: bool = False
+    model: ModelPatcher, data: Data, batch: int, steps: int, how: How = PLAIN, bypass: bool = False
 ) -> tuple[dict, list[float]]:
     """(trained tensors by name, losses)."""
     settings = {
         "batch_size": batch, "steps": steps, "grad_accumulation_steps": 1, "learning_rate": RATE, "rank": RANK,
-        "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "fp32", "lora_dtype": "fp32",
-        "algorithm": "LoRA", "gradient_checkpointing": False, "existing_lora": "[None]", "quantized_backward": False,
-        "checkpoint_depth": 1, "offloading": False, "bucket_mode": False, "bypass_mode": bypass,
+        "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": how.dtype, "lora_dtype": how.dtype,
+        "algorithm": "LoRA", "gradient_checkpointing": how.checkpointing, "checkpoint_depth": 2,
+        "existing_lora": "[None]", "quantized_backward": False, "offloading": False, "bucket_mode": False,
+        "bypass_mode": bypass,
     }  # fmt: skip
-    known = inspect.signature(TrainLoraNode.execute).parameters
-    chosen = {name: [value] for name, value in settings.items() if name in known}
+    chosen = {name: [value] for name, value in settings.items() if name in KNOWN}
     outputs = TrainLoraNode.execute(model=[model], latents=data.latents, positive=data.positive, **chosen).args
     trained, losses = outputs[-3:-1]  # newer ComfyUI has no MODEL before them
     return trained, losses["loss"]
 
 
-def train_core_bypass(model: ModelPatcher, data: Data, batch: int, steps: int) -> tuple[dict, list[float]]:
-    return train_core(model, data, batch, steps, bypass=True)
+def train_core_bypass(
+    model: ModelPatcher, data: Data, batch: int, steps: int, how: How = PLAIN
+) -> tuple[dict, list[float]]:
+    return train_core(model, data, batch, steps, how, bypass=True)
 
 
-def train_loop(model: ModelPatcher, data: Data, batch: int, steps: int) -> None:
+def train_loop(model: ModelPatcher, data: Data, batch: int, steps: int, how: How = PLAIN) -> None:
+    if how != PLAIN:
+        raise ValueError("the plain loop trains in fp32 and without checkpointing only")
     with torch.inference_mode(False), torch.enable_grad():
         latents = torch.cat([latent["samples"] for latent in data.latents])
         contexts = torch.cat([conditioning[0][0] for conditioning in data.positive])
@@ -193,13 +220,15 @@ def plain_loop(model: ModelPatcher) -> PlainLoop:
 
 
 ARMS = {"tidetable": train_tidetable, "core": train_core, "loop": train_loop, "tidetable-node": train_node}
-if "bypass_mode" in inspect.signature(TrainLoraNode.execute).parameters:
+if "bypass_mode" in KNOWN:
     ARMS["core-bypass"] = train_core_bypass
 
 
-def run_arm(arm: str, model: ModelPatcher, data: Data, batch: int, steps: int, keep: tuple[int, ...] = ()):
+def run_arm(
+    arm: str, model: ModelPatcher, data: Data, batch: int, steps: int, keep: tuple[int, ...] = (), how: How = PLAIN
+):
     """(what the arm returned, its Steps), in inference mode as ComfyUI runs nodes."""
     with torch.inference_mode(), Steps(keep=keep).watched() as watch:
-        returned = ARMS[arm](model, data, batch, steps)
+        returned = ARMS[arm](model, data, batch, steps, how)
     comfy.model_management.unload_all_models()
     return returned, watch

@@ -51,18 +51,19 @@ def load(file: Path) -> Any:
 
 
 def checked(rows: Iterable[Iterable[Any]]) -> Iterator[dict[str, Any]]:
-    """Each row as a dictionary; raises DevError for one that has not five fields or no finite number as its value."""
+    """Each row as a dictionary; raises DevError for one that has not five fields. A value None is not known."""
     for row in rows:
         values = tuple(row)
         if len(values) != len(FIELDS):
             raise DevError(f"A benchmark yielded {values!r}: a row is ({', '.join(FIELDS)}).")
         named: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
-        named["value"] = float(named["value"])
+        named["value"] = None if named["value"] is None else float(named["value"])
         yield named
 
 
 def format_row(row: dict[str, Any]) -> str:
-    cells = [f"{row[name]:.5g}" if name == "value" else str(row[name]) for name in FIELDS]
+    value = "unknown" if row["value"] is None else f"{row['value']:.5g}"
+    cells = [value if name == "value" else str(row[name]) for name in FIELDS]
     return "".join(f"{cell:<{width - 1}} " for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
 
 

@@ -17,6 +17,8 @@ RUN_FILE = DEVTOOLS / "run_file.py"
 
 # The embedded models are tiny: more threads mostly wait for each other, on a busy machine for minutes.
 ONE_THREAD = ("OMP_NUM_THREADS", "1")
+IN_TWO_PROCESSES = ("-n", "2", "--dist", "loadfile")
+"""The whole suite: half the time, and a file's models and servers are made once."""
 
 DESCRIPTION = """\
 Develop and try ComfyUI-Tidetable. The first run makes an environment inside this folder (.venv, .comfyui), unless
@@ -97,14 +99,16 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _test(options: argparse.Namespace, rest: list[str]) -> int:
     here = environment.ensure()
-    here.require("pytest", "pytest_timeout", "hypothesis", "playwright")
+    here.require("pytest", "pytest_timeout", "xdist", "hypothesis", "playwright")
     variables = here.variables()
     variables.setdefault(*ONE_THREAD)
     if browser.is_wanted(rest):
         found = browser.find() or browser.install()
         if found:
             variables["TIDETABLE_BROWSER"] = found
-    command = [str(here.python), "-m", "pytest", *rest]
+    whole = all(argument.startswith("-") and not argument.startswith(("-n", "--pdb")) for argument in rest)
+    workers = IN_TWO_PROCESSES if whole else ()
+    command = [str(here.python), "-m", "pytest", *workers, *rest]
     return _become(command, variables, ROOT)
 
 

@@ -45,7 +45,8 @@ class Environment:
         )
         if done.returncode:
             raise DevError(f"{self.python} does not run: {last_line(done.stderr)}")
-        missing = [name.replace("_", "-").replace("sklearn", "scikit-learn") for name in done.stdout.split()]
+        packages = {"sklearn": "scikit-learn", "xdist": "pytest-xdist"}
+        missing = [packages.get(name, name.replace("_", "-")) for name in done.stdout.split()]
         if missing and self.managed:
             raise DevError(f".venv lacks {', '.join(missing)}: delete the folder .venv and run the same command again.")
         if missing:

@@ -40,6 +40,7 @@ DEVELOPMENT = (
     "pyright[nodejs]==1.1.414",
     "pytest>=8.3",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff==0.17.6",
     "scikit-learn>=1.4",
 )

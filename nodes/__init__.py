@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..runtime.folders import serve_folders as serve_folders
 from ..runtime.live import serve_curves as serve_curves
 from . import (
     dataset,

@@ -1,6 +1,6 @@
 """Training data: pictures from a folder or the graph, and their encoding into a cache on disk."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..runtime.dataset import folder_dataset, folder_state, images_dataset
 from ..runtime.encoding import BucketConfig, CaptionConfig, encode_node
@@ -292,9 +292,8 @@ class EncodeDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset, vae, clip, cache_name: str, captions=None, **settings) -> io.NodeOutput:
-        return io.NodeOutput(
-            *encode_node(dataset, vae, clip, cache_name, captions, node_id=cls.hidden.unique_id, **settings)
-        )
+        data, report = encode_node(dataset, vae, clip, cache_name, captions, node_id=cls.hidden.unique_id, **settings)
+        return io.NodeOutput(data, report, ui=ui.PreviewText(report))
 
 
 NODES: list[type[io.ComfyNode]] = [DatasetFolder, DatasetImages, CaptionVariations, EncodeDataset]

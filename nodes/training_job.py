@@ -38,6 +38,15 @@ class ExportJob(io.ComfyNode):
                     default="tidetable/lora",
                     tooltip="Name of the LoRA inside the loras folder, as in Save LoRA. Cannot be empty.",
                 ),
+                io.Boolean.Input(
+                    "shard_base",
+                    default=False,
+                    tooltip=(
+                        "On: of several processes each holds its share of the model's weights only (FSDP2), and gets "
+                        "the others' for the moment that it needs them. Off: each holds all of them. On where the "
+                        "model is most of the memory; one process makes no difference."
+                    ),
+                ),
             ],
             outputs=[io.String.Output(display_name="job_file", tooltip="Path of the job.toml.")],
         )

@@ -1,5 +1,7 @@
 """What a training run trades for memory: the settings of Train LoRA's input `memory`."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..runtime.training import MemoryConfig
@@ -18,8 +20,9 @@ class TrainingMemory(io.ComfyNode):
             category="Tidetable/training",
             description=(
                 "Trades time for memory in training. With gradient checkpointing every block of the network keeps only "
-                "its inputs and is computed a second time in the backward pass. With offloading, what is kept waits in "
-                "main memory. What is learned stays the same."
+                "its inputs and is computed a second time in the backward pass. With base_weights a MODEL is trained "
+                "that does not fit the graphics card as a whole; with offload_activations what is kept waits in main "
+                "memory. What is learned stays the same."
             ),
             inputs=[
                 io.Combo.Input(
@@ -41,6 +44,18 @@ class TrainingMemory(io.ComfyNode):
                         "them, is typical, 2 or 3 where memory is left."
                     ),
                 ),
+                io.Combo.Input(
+                    "base_weights",
+                    options=["full", "auto", "offload"],
+                    default=_MEMORY.base_weights,
+                    tooltip=(
+                        "Where the weights of the MODEL are while it trains. full: all on the graphics card. auto: as "
+                        "many as fit beside the activations, as ComfyUI loads a model to sample; the others stay in "
+                        "main memory and are copied over for each layer, in the forward and again in the backward "
+                        "pass. offload: all of them that can stay there, the least memory and the slowest. A MODEL "
+                        "with dynamic VRAM (newer ComfyUI) is loaded once more from its file, without it."
+                    ),
+                ),
                 io.Boolean.Input(
                     "offload_activations",
                     default=_MEMORY.offload_activations,
@@ -54,7 +69,7 @@ class TrainingMemory(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, **settings) -> io.NodeOutput:
+    def execute(cls, **settings: Any) -> io.NodeOutput:
         return io.NodeOutput(MemoryConfig(**settings))
 
 

@@ -3,7 +3,8 @@
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,19 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..training.checkpoint import digest
-from ..training.dataset.buckets import BucketConfig, Placement, place
+from ..training.dataset.buckets import BucketConfig
 from ..training.dataset.captions import CaptionConfig, escape, write_caption
-from ..training.dataset.catalog import Catalog, Seen
+from ..training.dataset.catalog import Catalog
 from ..training.dataset.encoded import EncodedDataset, EncodedPicture, statistics_of
-from ..training.dataset.images import BadImageError, fit
 from ..training.dataset.report import Report
 from ..training.dataset.scan import Entry, Pictures
 from ..training.dataset.store import ShardWriter, Store, set_aside
 from .identity import clip_identity, vae_identity
 from .paths import cache_folder
+from .pictures import Batches, Preparation, View, ahead, has_record
 
 
 logger = logging.getLogger(__name__)
@@ -38,12 +39,14 @@ def encode_dataset(
     captions: CaptionConfig | None = None,
     verify: bool = True,
     node_id: str | None = None,
+    vae_batch: int = 1,
 ) -> EncodedDataset:
     """Encode what the cache `name` lacks. What is done stays when the run is cancelled or fails.
 
     ValueError where no picture is left, or where the disk refuses the cache; single pictures are skipped and named.
     """
     encoder = Encoder(vae, clip, cache_folder(name), buckets or BucketConfig(), captions or CaptionConfig(), verify)
+    encoder.vae_batch = vae_batch
     encoder.progress = comfy.utils.ProgressBar(len(pictures.entries), node_id=node_id)
     encoder.report.extend(pictures.report)
     try:
@@ -61,6 +64,8 @@ class Encoder:
     """One pass over a data set; see `encode_dataset`."""
 
     progress: Any
+    vae_batch = 1
+    """Pictures that the VAE sees at once."""
 
     def __init__(
         self,
@@ -114,60 +119,46 @@ class Encoder:
     def _encode_pictures(self, entries: Sequence[Entry]) -> dict[str, tuple[str, ...]]:
         """Keys of the latents of every picture that could be read, by its name."""
         found: dict[str, tuple[str, ...]] = {}
-        with self.catalog, ShardWriter(self.store.folder, "latents") as writer:
-            for number, entry in enumerate(entries):
+        prepare = Preparation(self.store, self.catalog, self.buckets, self.vae_name, self.verify)
+        batches = Batches(self.vae, self.vae_batch, self.report.note)
+        with (
+            self.catalog,
+            ShardWriter(self.store.folder, "latents") as writer,
+            closing(ahead(prepare, entries)) as pictures,
+        ):
+            for number, picture in enumerate(pictures):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                try:
-                    if entry.name in found:
-                        raise BadImageError("has the name of another picture")
-                    found[entry.name] = self._encode_picture(entry, writer)
-                except BadImageError as error:
-                    self.report.skip(entry.name, error)
+                for note in picture.notes:
+                    self.report.note(picture.name, note)
+                if picture.error:
+                    self.report.skip(picture.name, picture.error)
+                else:
+                    found[picture.name] = picture.keys
+                    self.infos |= picture.known
+                    for view in picture.lacking:
+                        self._write_latents(batches.add(view), writer)
                 self.progress.update_absolute(number + 1)
+            self._write_latents(batches.rest(), writer)
+        for name in [name for name, keys in found.items() if not self.infos.keys() >= set(keys)]:
+            self.report.skip(name, "its latent contains nan or inf: use a VAE in fp32 (--fp32-vae)")
+            del found[name]
         return found
 
-    def _encode_picture(self, entry: Entry, writer: ShardWriter) -> tuple[str, ...]:
-        seen = self.catalog.look(entry.source)
-        mask = self.catalog.look_at_mask(entry.mask)
-        if mask is not None and mask.error:
-            self.report.note(entry.name, f"its mask {mask.error}: used without")
-            mask = None
-        for note in seen.notes:
-            self.report.note(entry.name, note)
-        if seen.error:
-            raise BadImageError(seen.error)
-        try:
-            placement = place(*seen.size, self.buckets)
-        except ValueError as error:
-            raise BadImageError(str(error)) from None
-        flips = (False, True) if self.buckets.flip else (False,)
-        keys = tuple(self._latent_key(seen, mask, placement, flipped) for flipped in flips)
-        for key, flipped in zip(keys, flips, strict=True):
-            if self._has(key, entry.name):
-                self.infos[key] = self.store.places[key].info
-            elif key not in self.infos:  # the same picture under two names is encoded once
-                self._write_latent(key, seen, mask, placement, flipped, writer)
-        return keys
-
-    def _write_latent(
-        self, key: str, seen: Seen, mask: Seen | None, placement: Placement, flipped: bool, writer: ShardWriter
-    ) -> None:
-        latent = self.vae.encode(fit(seen.picture(), placement, flipped)[None])[0].float().cpu()
-        if not torch.isfinite(latent).all():
-            raise BadImageError("its latent contains nan or inf: use a VAE in fp32 (--fp32-vae)")
-        value = {"latent": latent}
-        if mask is not None:
-            value["mask"] = _latent_mask(mask, placement, flipped, latent)
-        flat = latent.flatten(1).double()
-        info = {
-            **placement.size_conditioning(flipped),
-            "count": flat.shape[1],
-            "sums": flat.sum(1).tolist(),
-            "squares": flat.square().sum(1).tolist(),
-        }
-        writer.add(key, value, info)
-        self.infos[key] = info
-        self.encoded["latents"] += 1
+    def _write_latents(self, latents: Iterable[tuple[View, Tensor]], writer: ShardWriter) -> None:
+        for view, latent in latents:
+            if not torch.isfinite(latent).all():
+                continue
+            mask, flat = view.mask_for(latent), latent.flatten(1).double()
+            info = {
+                **view.sizes,
+                "count": flat.shape[1],
+                "sums": flat.sum(1).tolist(),
+                "squares": flat.square().sum(1).tolist(),
+            }
+            writer.add(view.key, {"latent": latent} if mask is None else {"latent": latent, "mask": mask}, info)
+            self.infos[view.key] = info
+            self.encoded["latents"] += 1
+            comfy.model_management.throw_exception_if_processing_interrupted()
 
     def _texts_of(self, entry: Entry) -> tuple[str, list[str]]:
         """(name, the distinct captions of the picture)."""
@@ -180,7 +171,7 @@ class Encoder:
             done: set[str] = set()
             for text, name in texts:
                 key = self._text_key(text)
-                if key in done or self._has(key, name):
+                if key in done or has_record(self.store, key, self.verify, partial(self.report.note, name)):
                     continue
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 done.add(key)
@@ -194,19 +185,6 @@ class Encoder:
                 except TypeError as error:
                     raise ValueError(f"this text encoder's conditioning cannot be kept in a cache ({error})") from error
                 self.encoded["texts"] += 1
-
-    def _has(self, key: str, name: str) -> bool:
-        if key not in self.store:
-            return False
-        if self.verify and not self.store.is_whole(key):
-            self.report.note(name, f"was damaged in {self.store.places[key].shard.name}: encoded again")
-            self.store.forget(key)
-            return False
-        return True
-
-    def _latent_key(self, seen: Seen, mask: Seen | None, placement: Placement, flipped: bool) -> str:
-        box = [placement.original, placement.resized, placement.left, placement.top, placement.bucket, flipped]
-        return digest(["latent", seen.content, mask.content if mask else "", box, self.vae_name])
 
     def _text_key(self, text: str) -> str:
         return digest(["text", text, self.captions.max_chunks, self.clip_name])
@@ -233,14 +211,6 @@ def limit_chunks(tokens: dict[str, Any], limit: int) -> tuple[dict[str, Any], in
     return cut, longest if longest > limit else 0
 
 
-def _latent_mask(mask: Seen, placement: Placement, flipped: bool, latent: Tensor) -> Tensor:
-    """[1, h, w] in 0 to 1: the mask through the same resizing and cut, at the latent's size."""
-    picture = mask.picture()
-    own = replace(placement, original=(picture.shape[1], picture.shape[0]))
-    pixels = fit(picture, own, flipped).movedim(-1, 0)[None]
-    return nn.functional.interpolate(pixels, size=latent.shape[-2:], mode="area")[0].clamp(0, 1)
-
-
 def encode_node(
     pictures: Pictures,
     vae: comfy.sd.VAE,
@@ -251,9 +221,10 @@ def encode_node(
     bucket_step: int,
     verify: bool,
     node_id: str | None = None,
+    vae_batch: int = 1,
     **sizes: Any,
 ) -> tuple[EncodedDataset, str]:
     """(the data set, its report) from the node's widgets."""
     buckets = BucketConfig(step=bucket_step, **sizes)
-    found = encode_dataset(pictures, vae, clip, name, buckets, captions, verify, node_id)
+    found = encode_dataset(pictures, vae, clip, name, buckets, captions, verify, node_id, vae_batch)
     return found, found.report

@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 import comfy.ldm.modules.attention as host_attention
 from torch import nn
 
+from ..training.activations import Offload
 from ..training.engine import Trainer
 from ..training.gradient_proof import COARSE_TOLERANCE, TOLERANCE, prove_gradients
 from ..training.memory import MemoryConfig
-from ..training.activations import offloaded
-from ..training.recompute import recomputed
+from ..training.recompute import recomputed, replaced_forwards
 from .quantized import storage_of
 from .trainable import ComfyDenoiser
 
@@ -40,7 +40,8 @@ DIFFERENTIABLE_ATTENTION = ("attention_pytorch", "attention_sub_quad", "attentio
 
 def unproven(network: nn.Module) -> str:
     """Why the gradients of a network are not known to be right; "" where they are."""
-    name, attention = type(network).__name__, getattr(host_attention.optimized_attention, "__name__", "unknown")
+    name = type(network).__name__.removeprefix("FSDP")  # the class that fully_shard makes of it
+    attention = getattr(host_attention.optimized_attention, "__name__", "unknown")
     if name not in PROVEN_CLASSES:
         return f"{name} is not among the networks that are tested ({', '.join(PROVEN_CLASSES)})"
     if attention not in DIFFERENTIABLE_ATTENTION:
@@ -50,9 +51,15 @@ def unproven(network: nn.Module) -> str:
     return f"its weights are stored as {storage}" if storage else ""
 
 
+def untested_offload(denoiser: ComfyDenoiser) -> str:
+    """Why weights that are cast from main memory are not known to have right gradients; "" where there are none."""
+    away = any(parameter.device != denoiser.device for parameter in denoiser.real.diffusion_model.parameters())
+    return f"its weights are cast from main memory to {denoiser.device}, which is tested on a CPU only" if away else ""
+
+
 def require_right_gradients(denoiser: ComfyDenoiser, trainer: Trainer) -> None:
     """Prove them on the first batch where they are not known to be right. ValueError where they are wrong."""
-    reason = unproven(denoiser.real.diffusion_model)
+    reason = unproven(denoiser.real.diffusion_model) or untested_offload(denoiser)
     if not reason or trainer.step >= trainer.config.steps:
         return
     real = denoiser.real
@@ -69,8 +76,8 @@ def require_right_gradients(denoiser: ComfyDenoiser, trainer: Trainer) -> None:
 def _refusal(reason: str, problem: str) -> str:
     return (
         f"this model cannot be trained here: {reason}, and on the first batch its gradients are wrong: {problem}. "
-        "Start ComfyUI with --use-pytorch-cross-attention, without torch.compile and other patches on the MODEL, or "
-        "train one of the networks that are tested"
+        "Start ComfyUI with --use-pytorch-cross-attention, without torch.compile and other patches on the MODEL, set "
+        "base_weights to 'full', or train one of the networks that are tested"
     )
 
 
@@ -79,7 +86,9 @@ def memory_saving(network: nn.Module, config: MemoryConfig | None) -> Iterator[N
     """What Training Memory asks for, on the network's blocks, for the length of a run."""
     config = config or MemoryConfig()
     with ExitStack() as stack:
-        offload = stack.enter_context(offloaded(network)) if config.offload_activations else None
+        offload = Offload() if config.offload_activations else None
+        if offload is not None:
+            stack.enter_context(replaced_forwards([network], offload.forward_of))
         if config.gradient_checkpointing == "blocks":
             blocks = blocks_of(network)
             if not blocks:

@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch.distributed as dist
 from ..training.adapter_settings import AdapterConfig
 from ..training.config import LoRAConfig, TrainConfig, with_optimizer
 from ..training.dataset.encoded import EncodedDataset, EncodedPicture
-from ..training.distributed import World, leave
+from ..training.distributed import PATIENCE, World, leave
+from ..training.memory import MemoryConfig
 from ..training.settings_text import from_toml, to_toml
 from .headless import model_of, upstream
 from .saving import save_lora_model
@@ -26,14 +26,13 @@ from .training_run import RunConfig
 
 
 logger = logging.getLogger(__name__)
-PATIENCE = timedelta(seconds=45)
-"""How long a process waits for the others before it gives up."""
 COMMENT = """A training run of ComfyUI-Tidetable, written by the node Export Training Job. Run it with
 
     python train.py job.toml
     torchrun --nproc-per-node 8 train.py job.toml
 
-train.py is in the pack's folder. batch_size is that of all processes together. Keys that are not known are an error."""
+train.py is in the pack's folder. batch_size is that of all processes together. With shard_base = true each of several
+processes holds its share of the model's weights only. Keys that are not known are an error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +54,9 @@ class Job:
     lora: LoRAConfig
     adapter: AdapterConfig | None = None
     run: RunConfig = field(default_factory=RunConfig)
+    memory: MemoryConfig | None = None
+    shard_base: bool = False
+    """Of several processes each holds its share of the model's weights only."""
 
 
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -74,17 +76,20 @@ def export_job(
     folder = jobs_folder(name)
     link = prompt[node_id]["inputs"]["model"]
     graph = upstream(prompt, link)
-    adapter, optimizer, run = (settings.pop(part, None) for part in ("adapter", "optimizer", "run"))
+    parts = ("adapter", "optimizer", "run", "memory")
+    adapter, optimizer, run, memory = (settings.pop(part, None) for part in parts)
     lora = LoRAConfig(**{part: settings.pop(part) for part in ("rank", "lora_alpha", "targets")}, seed=settings["seed"])
     job = Job(
         model_output=(str(link[0]), link[1]),
         cache=str(dataset.folder),
         validation_percent=settings.pop("validation_percent"),
         filename_prefix=settings.pop("filename_prefix"),
-        train=with_optimizer(TrainConfig(**settings), optimizer),
         lora=lora,
         adapter=adapter,
         run=run or RunConfig(),
+        memory=memory,
+        shard_base=settings.pop("shard_base", False),
+        train=with_optimizer(TrainConfig(**settings), optimizer),
     )
     records = {"dropped": dataset.dropped, "pictures": [asdict(picture) for picture in dataset.pictures]}
     try:
@@ -159,5 +164,6 @@ def run_job(job: Job, folder: Path) -> str | None:
     # Encode Dataset has looked at every record; a job of several processes does not read them all again in each.
     encoded = EncodedDataset(folder / job.cache, pictures, records["dropped"], verify=World.current().size == 1)
     data = TrainingData(validation_percent=job.validation_percent, encoded=encoded)
-    result = train_lora(model, data, job.train, job.lora, adapter=job.adapter, run=job.run)
+    memory = {"memory": job.memory, "shard_base": job.shard_base}
+    result = train_lora(model, data, job.train, job.lora, adapter=job.adapter, run=job.run, **memory)
     return save_lora_model(result.lora, job.filename_prefix, "") if World.current().rank == 0 else None

@@ -19,13 +19,13 @@ from ..training.recast import recast
 
 @contextmanager
 def dequantizing(model: nn.Module) -> Iterator[None]:
-    """Layers that dequantize in forward and once more in backward, and nothing else; undone at the end."""
+    """Layers that make their weight in forward and once more in backward, and nothing else; undone at the end."""
     with ExitStack() as stack:
         layers = list(model.modules())
         stack.enter_context(_attribute(comfy.ops, "fp8_linear", lambda layer, x: None))  # "not by this kernel"
         for layer in layers:
             stack.enter_context(_attribute(layer, "_full_precision_mm", True))
-        stack.enter_context(recast([layer for layer in layers if _makes_its_weight(layer)]))
+        stack.enter_context(recast([layer for layer in layers if makes_its_weight(layer)]))
         yield
 
 
@@ -43,7 +43,8 @@ def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def _makes_its_weight(layer: nn.Module) -> bool:
+def makes_its_weight(layer: nn.Module) -> bool:
+    """Whether a linear layer or a convolution dequantizes, casts or fetches its weight in each forward pass."""
     weight = layer._parameters.get("weight")
     if weight is None or not (hasattr(layer, "in_features") or isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))):
         return False

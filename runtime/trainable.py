@@ -6,6 +6,7 @@ gives every weight a differentiable view of the same memory, and puts the origin
 happens in between.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -19,10 +20,13 @@ from torch import Tensor, nn
 from ..schedules.prediction import Prediction
 from ..schedules.process import VP, NoiseProcess
 from ..training.data import Dataset
+from ..training.memory import BaseWeights
+from .offload import load, recomputing
 from .process import prediction_of, process_of, stored_shift
 from .quantized import dequantizing, ordinary
 
 
+logger = logging.getLogger(__name__)
 UNSUPPORTED_CONDITIONING = (
     "control",
     "area",
@@ -73,8 +77,10 @@ class ComfyDenoiser:
         self.process, self.prediction, self.shift = process, prediction, stored_shift(sampling) or 1.0
         self.resolve: Callable[[Sequence[Any]], Sequence[Row]] | None = None
         """Makes rows of what a data set has in their place, at each forward pass: captions, where text is trained."""
+        self.passes: Callable[[int], int] = int
+        """How many forward passes a batch makes that needs so many: more where other processes need more."""
         network = type(self.real.diffusion_model).__name__
-        self._in_place = network not in OUT_OF_PLACE_CLASSES
+        self.in_place = network not in OUT_OF_PLACE_CLASSES
 
     def snap(self, t: Tensor) -> Tensor:
         """Table rows for discrete models, t itself for flow models."""
@@ -85,7 +91,7 @@ class ComfyDenoiser:
 
     def gradient_context(self) -> AbstractContextManager:
         # Flux-type blocks add residuals in place to tensors that backward needs.
-        return torch.autograd.graph.allow_mutation_on_saved_tensors() if self._in_place else nullcontext()
+        return torch.autograd.graph.allow_mutation_on_saved_tensors() if self.in_place else nullcontext()
 
     def predict(self, x_t: Tensor, t: Tensor, conditions: Sequence[Row]) -> Tensor:
         """Native prediction for x_t [B, C, ...] at t [B].
@@ -95,15 +101,21 @@ class ComfyDenoiser:
         if self.resolve is not None:
             conditions = self.resolve(conditions)
         signatures = [_signature(row) for row in conditions]
-        if len(set(signatures)) == 1:
-            return self._forward(x_t, t, conditions)
-        out: list[Tensor | None] = [None] * len(conditions)
-        for signature in dict.fromkeys(signatures):
-            rows = [i for i, other in enumerate(signatures) if other == signature]
-            part = self._forward(x_t[rows], t[rows], [conditions[i] for i in rows])
-            for place, row in enumerate(rows):
-                out[row] = part[place]
-        return torch.stack([row for row in out if row is not None])
+        kinds = list(dict.fromkeys(signatures))
+        more = self.passes(len(kinds)) - len(kinds)
+        if len(kinds) == 1:
+            result = self._forward(x_t, t, conditions)
+        else:
+            out: list[Tensor | None] = [None] * len(conditions)
+            for signature in kinds:
+                rows = [i for i, other in enumerate(signatures) if other == signature]
+                part = self._forward(x_t[rows], t[rows], [conditions[i] for i in rows])
+                for place, row in enumerate(rows):
+                    out[row] = part[place]
+            result = torch.stack([row for row in out if row is not None])
+        for _ in range(more):  # its backward pass is made as well, and gives nothing
+            result = result + 0 * self._forward(x_t[:1], t[:1], conditions[:1])
+        return result
 
     def _forward(self, x_t: Tensor, t: Tensor, conditions: Sequence[Row]) -> Tensor:
         # One step may be many batches, and a validation many more: a cancel waits for one forward pass at most.
@@ -195,21 +207,22 @@ def training_session(
     patcher: comfy.model_patcher.ModelPatcher,
     memory_required: float = 0,
     beside: Sequence[comfy.model_patcher.ModelPatcher] = (),
+    base_weights: BaseWeights = "full",
 ) -> Iterator[ComfyDenoiser]:
-    """Load the model fully, make it differentiable in place, and leave it exactly as it was found.
+    """Load the model, make it differentiable in place, and leave it exactly as it was found.
 
     The same for plain patchers `beside` it, loaded at the same time: a text encoder's.
     """
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         patcher = plain_patcher(patcher)
         refuse_compiled(patcher)
-        with torch.no_grad():  # merging a DoRA into weights that ask for gradients fails, and ComfyUI only logs it
-            comfy.model_management.load_models_gpu(
-                [patcher, *beside], memory_required=memory_required, force_full_load=True
-            )
-        for loaded in (patcher, *beside):
-            stack.enter_context(thawed(loaded.model))
-            stack.enter_context(dequantizing(loaded.model))
+        load(patcher, beside, memory_required, base_weights)
+        models = [loaded.model for loaded in (patcher, *beside)]
+        for model in models:
+            stack.enter_context(thawed(model))
+            stack.enter_context(dequantizing(model))
+        if base_weights != "full" or any(model.model_lowvram for model in models):  # --novram never loads in full
+            stack.enter_context(recomputing(models))
         stack.enter_context(training_flag(True))
         yield ComfyDenoiser(patcher, beside)
 
@@ -229,10 +242,21 @@ def refuse_compiled(patcher: comfy.model_patcher.ModelPatcher) -> None:
 
 
 def plain_patcher(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """The patcher itself, or on builds with dynamic VRAM a clone whose weights are ordinary resident tensors."""
-    if getattr(patcher, "is_dynamic", lambda: False)():
-        return patcher.clone(disable_dynamic=True)
-    return patcher.clone()
+    """A clone; of a MODEL with dynamic VRAM one whose weights are loaded anew, as ordinary tensors.
+
+    Dynamic VRAM gives the memory of a weight to another layer as soon as a forward pass is over.
+    """
+    if not getattr(patcher, "is_dynamic", lambda: False)():
+        return patcher.clone()
+    try:
+        clone = patcher.clone(disable_dynamic=True)
+    except RuntimeError as error:  # a loader of another package that cannot load again
+        raise ValueError(
+            f"this MODEL uses dynamic VRAM and cannot be loaded without ({error}): start ComfyUI with "
+            "--disable-dynamic-vram, or load it with ComfyUI's own loader"
+        ) from error
+    logger.info("this MODEL uses dynamic VRAM, which has no backward pass: its file is loaded once more, without")
+    return clone
 
 
 @contextmanager
@@ -240,29 +264,32 @@ def thawed(model: nn.Module) -> Iterator[None]:
     """Swap inference tensors for ordinary ones on the same memory, and freeze every parameter; undo both at the end.
 
     An entry that somebody else replaced meanwhile (unloading a patched model puts the clean weights back) is left
-    alone: restoring it would write the patched weights into the base model for good.
+    alone: restoring it would write the patched weights into the base model for good. The original goes with its
+    replacement, so that one whose place is taken by a share of it is freed.
     """
-    swapped: list[tuple[dict, str, Tensor, Tensor]] = []
+    swapped: list[tuple[dict, str]] = []
     frozen: list[Tensor] = []
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is None or hasattr(tensor, "__tensor_flatten__"):  # made of others: autograd never sees it
-                    continue
-                if tensor.is_inference():
-                    view = ordinary(tensor)
-                    new = nn.Parameter(view, requires_grad=False) if table is module._parameters else view
-                    swapped.append((table, name, tensor, new))
-                elif tensor.requires_grad and tensor.is_leaf:
-                    frozen.append(tensor.requires_grad_(False))
     try:
-        for table, name, _, new in swapped:
-            table[name] = new
+        for module in model.modules():
+            tables: tuple[dict[str, Any], dict[str, Any]] = (module._parameters, module._buffers)
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is None or hasattr(tensor, "__tensor_flatten__"):  # of others: autograd never sees it
+                        continue
+                    if tensor.is_inference():
+                        view = ordinary(tensor)
+                        new = nn.Parameter(view, requires_grad=False) if table is module._parameters else view
+                        vars(new)["tidetable_original"] = tensor
+                        table[name] = new
+                        swapped.append((table, name))
+                    elif tensor.requires_grad and tensor.is_leaf:
+                        frozen.append(tensor.requires_grad_(False))
         yield
     finally:
-        for table, name, old, new in swapped:
-            if table.get(name) is new:
-                table[name] = old
+        for table, name in swapped:
+            original = vars(table[name]).pop("tidetable_original", None) if table.get(name) is not None else None
+            if original is not None:
+                table[name] = original
         for tensor in frozen:
             tensor.requires_grad_(True)
 

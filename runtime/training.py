@@ -33,6 +33,7 @@ from .paths import rescue_folders, save_lora
 from .preflight import check_settings
 from .previews import PreviewConfig
 from .progress import TrainingReporter
+from .sharding import shared_base
 from .text_encoder import LiveText, TextEncoder
 from .trainable import ComfyDenoiser, training_session
 from .training_data import TrainingData, datasets_of
@@ -74,11 +75,13 @@ def train_lora(
     preview: PreviewConfig | None = None,
     text_encoder: TextEncoder | None = None,
     memory: MemoryConfig | None = None,
+    shard_base: bool = False,
 ) -> TrainingResult:
     """Train a LoRA on the model as it is loaded and patched now. The model itself is left exactly as it was.
 
     When the run is cut short (cancel, out of memory, an error), what was learned is saved to the loras folder first.
-    With `run`, a checkpoint is saved too, and the same call goes on from there.
+    With `run`, a checkpoint is saved too, and the same call goes on from there. `shard_base`: of several processes each
+    keeps its share of the model only, which is then good for nothing else.
     """
     config = with_optimizer(config, optimizer)
     samples = data.samples()
@@ -89,7 +92,8 @@ def train_lora(
     encoder = text_encoder.private() if text_encoder else None
     beside = [encoder.clip.patcher] if encoder else []
     needed += encoder.memory(config.batch_size) if encoder else 0
-    with training_session(model, needed, beside) as denoiser:
+    base_weights = memory.base_weights if memory else "full"
+    with training_session(model, needed, beside, base_weights) as denoiser:
         network = build_network(dict(denoiser.real.diffusion_model.named_modules()), denoiser, lora_config, adapter)
         if adapter is not None and adapter.continue_from and encoder is None:
             without_text(adapter.continue_from)
@@ -115,6 +119,7 @@ def train_lora(
         with (
             network.installed(),
             text.installed() if text else nullcontext(),
+            shared_base(denoiser, trainer, memory, shard_base),
             memory_saving(denoiser.real.diffusion_model, memory),
             watched(trainer, reporter, denoiser, keeper, preview) as previewer,
         ):

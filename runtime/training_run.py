@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..training.adapters import as_computed
 from ..training.checkpoint import checkpoints, differences, digest, read_newest, write_checkpoint
 from ..training.config import LoRAConfig, _require
 from ..training.engine import Trainer
@@ -66,9 +67,7 @@ def fingerprint(denoiser: ComfyDenoiser, trainer: Trainer, lora_config: LoRAConf
         "model.prediction": denoiser.prediction,
         "model.process": denoiser.process.name,
         "model.shift": denoiser.shift,
-        "model.weights": digest(
-            [sample_values(p) for _, p in sorted(denoiser.real.diffusion_model.named_parameters())]
-        ),
+        "model.weights": digest(_weights(denoiser.real.diffusion_model)),
         "layers": digest([tuple(p.shape) for p in trainer.parameters]),
     }
     for name, data in (("data", trainer.dataset), ("held_out", trainer.held_out)):
@@ -213,7 +212,7 @@ class RunKeeper:
             self.reporter.say(text)
 
     def _write_log(self, event: Event) -> None:
-        if self.log is None:
+        if self.log is None or not self.leads:
             return
         more = self.reporter.more(event)
         line = finite({"event": type(event).__name__, **asdict(event), **more, "time": time.time()})
@@ -245,6 +244,12 @@ def run_config(
 
 def guard_of(run: RunConfig | None) -> Guard | None:
     return Guard(run.guard) if run is not None and run.guard is not None else None
+
+
+def _weights(network: torch.nn.Module) -> list[torch.Tensor]:
+    """Values of every weight as it acts, whether it is on the device or in main memory with its LoRAs still to come."""
+    places = [name.rpartition(".") for name, _ in sorted(network.named_parameters())]
+    return [sample_values(as_computed(network.get_submodule(module), name)) for module, _, name in places]
 
 
 def sample_values(tensor: torch.Tensor) -> torch.Tensor:

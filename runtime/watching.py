@@ -19,9 +19,14 @@ def watched(
     keeper: RunKeeper | None,
     preview: PreviewConfig | None,
 ) -> Iterator[Previewer | None]:
-    """Let them listen to the reporter, after the checkpoints. What cannot work is refused before the first step."""
+    """Let them listen to the reporter, after the checkpoints. What cannot work is refused before the first step.
+
+    TensorBoard listens in the first of several processes only; previews are for one process.
+    """
     with ExitStack() as stack:
-        if keeper is not None and keeper.config.tensorboard:
+        if keeper is not None and keeper.config.tensorboard and keeper.leads:
             stack.callback(Board(keeper.name, reporter, trainer.step).close)
         name = None if keeper is None else keeper.name
+        if preview is not None and trainer.world.size > 1:
+            raise ValueError("previews are drawn by one process, and there are several: disconnect preview")
         yield None if preview is None else Previewer(preview, denoiser, trainer, reporter, name)

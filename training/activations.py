@@ -6,9 +6,9 @@ A copy is made at once, so additions in place that come later cannot change it; 
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,31 +82,22 @@ class Offload:
         tensor = kept.held.view(kept.dtype, kept.offset, kept.size, kept.stride)
         return tensor.requires_grad_() if kept.requires_grad else tensor
 
-    def begin(self, network: nn.Module) -> None:
-        """Forget what is gone, and look where the weights are."""
+    def forward_of(self, network: nn.Module) -> Callable:
+        """The network's forward, of which everything that it saves for backward is sent away."""
+        forward = network.forward
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            self._look_at(network)
+            # Of nested hooks only the innermost are asked: a guard's around this pass have nothing to guard here.
+            with torch.autograd.graph.saved_tensors_hooks(self.keep, self.back):
+                return forward(*args, **kwargs)
+
+        return call
+
+    def _look_at(self, network: nn.Module) -> None:
+        """Forget what is gone, and see where the weights are."""
         self._sent = {key: entry for key, entry in self._sent.items() if not entry[0].expired()}
         weights = [p for p in (*network.parameters(), *network.buffers()) if not hasattr(p, "__tensor_flatten__")]
         self.staying = {p.untyped_storage().data_ptr() for p in weights}
-
-
-@contextmanager
-def offloaded(network: nn.Module) -> Iterator[Offload]:
-    """What a forward pass of the network saves is kept in main memory; its class's forward is back at the end."""
-    offload, before, forward = Offload(), vars(network).get("forward"), network.forward
-
-    def call(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        offload.begin(network)
-        # Of nested hooks only the innermost are asked: those of a guard around this pass have nothing to guard here.
-        with torch.autograd.graph.saved_tensors_hooks(offload.keep, offload.back):
-            return forward(*args, **kwargs)
-
-    network.forward = call
-    try:
-        yield offload
-    finally:
-        if before is None:
-            vars(network).pop("forward", None)
-        else:
-            network.forward = before

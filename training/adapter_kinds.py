@@ -92,6 +92,8 @@ class LowRank(Adapter):
     """scale · up @ down; with PiSSA less the product at the start, so that the change begins at zero."""
 
     last = "up"
+    start_up: Tensor | None
+    start_down: Tensor | None
 
     def __init__(self, layer: Any, rank: int, scale: float, generator: torch.Generator, pissa: bool = False):
         super().__init__(layer, rank, scale)
@@ -101,15 +103,21 @@ class LowRank(Adapter):
         # Kaiming uniform with a = sqrt(5), torch's own default for linear layers: a bound of 1/sqrt(fan_in).
         down = (torch.rand(rank, inputs, *kernel, generator=generator) * 2 - 1) * bound
         up = torch.zeros(out, rank, *ones)
-        self.start: tuple[Tensor, Tensor] | None = None
+        start = None
         if pissa:
             u, s, v = torch.linalg.svd(weight_of(layer).flatten(1).cpu(), full_matrices=False)
             root = (s[:rank] / scale).sqrt()
             up = (u[:, :rank] * root).reshape(up.shape).contiguous()
             down = (v[:rank] * root[:, None]).reshape(down.shape).contiguous()
-            device = layer.weight.device
-            self.start = up.to(device, copy=True), down.to(device, copy=True)
+            start = up.clone(), down.clone()
+        for name, value in zip(("start_up", "start_down"), start or (None, None), strict=True):
+            self.register_buffer(name, value)
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+
+    @property
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """What PiSSA subtracts: up and down as they began."""
+        return None if self.start_up is None or self.start_down is None else (self.start_up, self.start_down)
 
     def term(self, x: Tensor) -> Tensor:
         """`delta` applied to x, without forming it."""
@@ -148,23 +156,25 @@ class DoRA(LowRank):
     first differs from the paper's, which has the norm of W + delta for each output.
     """
 
+    norm: Tensor
+
     def __init__(self, layer: Any, rank: int, scale: float, generator: torch.Generator, by_input: bool):
         super().__init__(layer, rank, scale, generator)
         self.by_input = by_input
         if by_input and self.layer_shape[0] == 1:
             raise ValueError("a layer with one output has no norm of each input in a LoRA file: use kind 'dora'")
         norm = self._norm(weight_of(layer))
-        self.norm = norm
+        self.register_buffer("norm", norm)
         self.magnitude = nn.Parameter(norm.clone())
 
     def forward(self, layer: Any, x: Tensor, output: Tensor) -> Tensor:
         if self.by_input:
-            weight = weight_of(layer)
+            weight = weight_of(layer, x.device)
             changed = weight + self.delta()
             return output + self._through(x, changed * (self.magnitude / self._norm(changed)) - weight)
         ratio = (self.magnitude / self.norm).flatten().to(x.dtype)
         shape = (-1,) if self.convolution is None else (-1, 1, 1)
-        without_bias = output if layer.bias is None else output - bias_of(layer).to(output).reshape(shape)
+        without_bias = output if layer.bias is None else output - bias_of(layer, x.device).to(output).reshape(shape)
         ratio = ratio.reshape(shape)
         return output + (ratio - 1) * without_bias + ratio * self.term(x)
 

@@ -50,17 +50,17 @@ def hooked(hooks: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def weight_of(layer: Any) -> Tensor:
-    """What a layer multiplies with, in fp32, however it is stored. Raises ValueError for packed convolutions."""
+def weight_of(layer: Any, device: torch.device | None = None) -> Tensor:
+    """What a layer multiplies with, in fp32, however and wherever it is stored. ValueError for packed convolutions."""
     weight = layer.weight
     if plain_storage(weight):
-        return weight.detach().float()
+        return as_computed(layer, "weight", device).float()
     if _is_linear(layer):  # the layer itself says it, of unit vectors
-        unit = torch.eye(layer.in_features, device=weight.device)
-        columns = layer.forward(unit) if layer.bias is None else layer.forward(unit) - bias_of(layer)
+        unit = torch.eye(layer.in_features, device=device or weight.device)
+        columns = layer.forward(unit) if layer.bias is None else layer.forward(unit) - bias_of(layer, device)
         return columns.t().contiguous()
     if type(weight) is nn.Parameter and weight.is_floating_point():
-        return weight.detach().float()
+        return as_computed(layer, "weight", device).float()
     raise ValueError(
         f"the weight of this convolution ({type(weight).__name__}, {weight.dtype}) cannot be read as DoRA and PiSSA "
         "need it: use kind 'lora', 'loha' or 'lokr' with start 'zero'"
@@ -68,13 +68,25 @@ def weight_of(layer: Any) -> Tensor:
 
 
 @torch.no_grad()
-def bias_of(layer: Any) -> Tensor:
+def bias_of(layer: Any, device: torch.device | None = None) -> Tensor:
     """The bias of a layer that has one, in a dtype to compute with."""
     if plain_storage(layer.bias) and plain_storage(layer.weight):
-        return layer.bias.detach()
+        return as_computed(layer, "bias", device)
     if not _is_linear(layer):
-        return layer.bias.detach().float()
-    return layer.forward(torch.zeros(1, layer.in_features, device=layer.weight.device))[0]
+        return as_computed(layer, "bias", device).float()
+    return layer.forward(torch.zeros(1, layer.in_features, device=device or layer.weight.device))[0]
+
+
+def as_computed(layer: Any, name: str, device: torch.device | None = None) -> Tensor:
+    """A layer's weight or bias as its forward pass has it: ComfyUI patches what stays in main memory in each call."""
+    tensor, patches = getattr(layer, name).detach(), getattr(layer, f"{name}_function", ())
+    if device is not None:
+        tensor = tensor.to(device)
+    if patches:
+        tensor = tensor.to(torch.float32, copy=True)
+    for patch in patches:
+        tensor = patch(tensor)
+    return tensor
 
 
 def plain_storage(tensor: Tensor) -> bool:

@@ -8,10 +8,16 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+
+PATIENCE = timedelta(seconds=45)
+"""How long a process waits for the others before it gives up."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    together: bool = False
+    """All must pass through the network as often as each other: its weights are in parts, see `sharding`."""
 
     @classmethod
     def current(cls) -> "World":
@@ -47,6 +55,14 @@ class World:
 
     def mean(self, value: Tensor) -> Tensor:
         return self.sum(value) / self.size if self.size > 1 else value
+
+    def most(self, count: int) -> int:
+        """The largest of all processes' counts where they go together; else this one's."""
+        if not self.together:
+            return count
+        value = torch.tensor(count)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from .recipe import require
 
 
 Checkpointing = Literal["off", "blocks"]
+BaseWeights = Literal["full", "auto", "offload"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +18,8 @@ class MemoryConfig:
     """"blocks": a block of the network keeps its inputs only, and is computed once more in backward."""
     every: int = 1
     """Of the blocks, every so many is recomputed, the others are kept; at least 1."""
+    base_weights: BaseWeights = "full"
+    """Where the weights of the MODEL are: all on the device, as many as fit, or none ("offload")."""
     offload_activations: bool = False
     """What is kept for the backward pass is kept in main memory: with "blocks" the inputs of the blocks."""
 
@@ -26,3 +29,6 @@ class MemoryConfig:
             self.gradient_checkpointing in known, "gradient_checkpointing", self.gradient_checkpointing, "off or blocks"
         )
         require(self.every >= 1, "every", self.every, "at least 1")
+        require(
+            self.base_weights in ("full", "auto", "offload"), "base_weights", self.base_weights, "full, auto or offload"
+        )

@@ -17,21 +17,14 @@ from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .recompute import replaced_forwards
+
 
 @contextmanager
 def recast(layers: Sequence[nn.Module]) -> Iterator[None]:
     """The layers with such weights for the length of a run; their classes' forwards are back at the end."""
-    before = [vars(layer).get("forward") for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = _recasting(layer, layer.forward)
+    with replaced_forwards(layers, lambda layer: _recasting(layer, layer.forward)):
         yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                vars(layer).pop("forward", None)
-            else:
-                layer.forward = forward
 
 
 def _recasting(layer: nn.Module, forward: Callable) -> Callable:

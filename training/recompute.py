@@ -24,18 +24,25 @@ def recomputed(blocks: Sequence[nn.Module], offload: Offload | None = None) -> I
 
     With `offload` the inputs, all that is kept of a block, are sent away.
     """
-    wrapped = list(dict.fromkeys(blocks))
-    before = [vars(block).get("forward") for block in wrapped]
+    with replaced_forwards(blocks, lambda block: _recomputing(block.forward, type(block).__name__, offload)):
+        yield
+
+
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], make: Callable[[Any], Callable]) -> Iterator[None]:
+    """Modules with the forward that `make` makes of each; what they had is back at the end, whatever happens."""
+    replaced = list(dict.fromkeys(modules))
+    before = [vars(module).get("forward") for module in replaced]
     try:
-        for block in wrapped:
-            block.forward = _recomputing(block.forward, type(block).__name__, offload)
+        for module in replaced:
+            module.forward = make(module)
         yield
     finally:
-        for block, forward in zip(wrapped, before, strict=True):
+        for module, forward in zip(replaced, before, strict=True):
             if forward is None:
-                vars(block).pop("forward", None)
+                vars(module).pop("forward", None)
             else:
-                block.forward = forward
+                module.forward = forward
 
 
 def _recomputing(forward: Callable, name: str, offload: Offload | None) -> Callable:

@@ -1,5 +1,6 @@
 """Held-out loss at fixed noise levels and fixed noise: a number that falls only when the model improves."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -33,20 +34,29 @@ def validate(
     """
     masked = replace(NATIVE, masked_loss=objective.masked_loss, unmasked_weight=objective.unmasked_weight)
     by_t = []
-    groups = [group[world.rank :: world.size] for group in dataset.groups()]
+    batches = list(shared(dataset, batch_size, world))
     for level, t in enumerate(VALIDATION_T):
         total = torch.zeros((), dtype=torch.float64)
-        for group in groups:
-            for start in range(0, len(group), batch_size):
-                rows = group[start : start + batch_size]
-                x0 = torch.stack([dataset.latents[i] for i in rows])
-                eps = torch.stack([_noise(x0[0], seed, i * len(VALIDATION_T) + level) for i in rows]).to(x0)
-                levels = denoiser.snap(torch.full((len(rows),), t, dtype=torch.float64))
-                conditions = [dataset.conditions[i] for i in rows]
-                losses = loss_for_batch(denoiser, x0, conditions, eps, levels, masked, masks=dataset.masks_of(rows))
+        for rows, counts in batches:
+            x0 = torch.stack([dataset.latents[i] for i in rows])
+            eps = torch.stack([_noise(x0[0], seed, i * len(VALIDATION_T) + level) for i in rows]).to(x0)
+            levels = denoiser.snap(torch.full((len(rows),), t, dtype=torch.float64))
+            conditions = [dataset.conditions[i] for i in rows]
+            losses = loss_for_batch(denoiser, x0, conditions, eps, levels, masked, masks=dataset.masks_of(rows))
+            if counts:
                 total += losses.double().sum().cpu()
         by_t.append((t, (world.sum(total) / len(dataset)).item()))
     return Validated(step=step, loss=sum(loss for _, loss in by_t) / len(by_t), by_t=tuple(by_t))
+
+
+def shared(dataset: Dataset, batch_size: int, world: World) -> Iterator[tuple[list[int], bool]]:
+    """This process's batches, and whether each counts: processes that go together fill up with one that does not."""
+    for group in dataset.groups():
+        own = group[world.rank :: world.size]
+        longest = -(-len(group) // world.size) if world.together else len(own)
+        for start in range(0, longest, batch_size):
+            rows = own[start : start + batch_size]
+            yield rows or group[:1], bool(rows)
 
 
 def _noise(like: torch.Tensor, seed: int, index: int) -> torch.Tensor:

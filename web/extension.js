@@ -1,7 +1,8 @@
-// Tidetable in the page: live curves of schedules and of the training loss, and the text that nodes return.
+// Tidetable in the page: live curves of schedules and of the training loss, folders to train on, and nodes' texts.
 // ComfyUI loads every .js file in this folder; this one alone registers something, the others only export.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { FOLDER_NODE, addFolderPanel } from "./folder.js";
 import { LIVE_NODES, addLivePanel, receiveModel } from "./live.js";
 import { TEXT_NODES, addTextPanel } from "./text.js";
 import { TRAIN_NODE, addTrainingPanel, endRun, receive } from "./training.js";
@@ -25,6 +26,7 @@ app.registerExtension({
   name: "Tidetable",
   nodeCreated(node) {
     if (node.comfyClass === TRAIN_NODE) addTrainingPanel(node);
+    if (node.comfyClass === FOLDER_NODE) addFolderPanel(node);
     if (Object.hasOwn(LIVE_NODES, node.comfyClass)) addLivePanel(node);
     if (Object.hasOwn(TEXT_NODES, node.comfyClass)) addTextPanel(node);
   },

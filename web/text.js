@@ -4,6 +4,7 @@ import { addPanel, after } from "./panel.js";
 
 /** Node type -> the smallest panel that shows its usual text. */
 export const TEXT_NODES = {
+  Tidetable_EncodeDataset: { minWidth: 360, minHeight: 120 },
   Tidetable_DescribeModel: { minWidth: 420, minHeight: 220 },
   Tidetable_FlowShift: { minWidth: 320, minHeight: 96 },
   Tidetable_ScheduleToText: { minWidth: 320, minHeight: 120 },

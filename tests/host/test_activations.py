@@ -1,6 +1,7 @@
 """Activations in main memory: the same bits, everything large but the weights is sent, once, and comes back."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from tidetable.runtime.training import TrainingData, train_lora
 from tidetable.tests.host.comparing import fingerprint
 from tidetable.tests.host.gradient_cases import gradients, network_of, prepared, prompts_of, samples_of
 from tidetable.training import activations
+from tidetable.training.activations import Away, Offload
 from tidetable.training.config import LoRAConfig, TrainConfig
 from tidetable.training.memory import MemoryConfig
-from tidetable.training.activations import Away, Offload
 
 
 FAMILIES = ("flux", "sd3", "sdxl")
@@ -101,9 +102,12 @@ def test_a_run_learns_the_same_bits(monkeypatch):
     monkeypatch.setattr(activations, "LEAST_BYTES", LEAST)
     data = TrainingData([{"samples": samples_of("flux")}], prompts_of("flux"))
     config = TrainConfig(steps=4, batch_size=2, learning_rate=1e-3, warmup_steps=0, seed=3)
-    runs = [
-        train_lora(network_of("flux"), data, config, LoRAConfig(rank=2, lora_alpha=2.0), memory=settings).lora
-        for settings in (None, memory("off"), MemoryConfig(gradient_checkpointing="blocks"), memory("blocks"))
-    ]
-    for plain, other in (runs[:2], runs[2:]):
+    blocks = MemoryConfig(gradient_checkpointing="blocks")
+    small = replace(blocks, base_weights="offload")
+    pairs = ((None, memory("off")), (blocks, memory("blocks")), (small, replace(small, offload_activations=True)))
+    for pair in pairs:
+        plain, other = (
+            train_lora(network_of("flux"), data, config, LoRAConfig(rank=2, lora_alpha=2.0), memory=settings).lora
+            for settings in pair
+        )
         assert all(torch.equal(plain[key], other[key]) for key in plain)

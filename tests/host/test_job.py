@@ -27,6 +27,7 @@ from tidetable.runtime.training_run import RunConfig
 from tidetable.training.adapter_settings import AdapterConfig
 from tidetable.training.checkpoint import checkpoints
 from tidetable.training.dataset.buckets import BucketConfig
+from tidetable.training.memory import MemoryConfig
 from tidetable.training.optimizers import OptimizerConfig
 
 
@@ -96,8 +97,10 @@ def newest_lora() -> dict:
 def test_a_job_is_the_node_s_run_with_one_process_and_with_two(encoded):
     expected = in_the_node(read_job(export(encoded)), encoded)
     for processes in (1, 2):
-        path = export(encoded, run=RunConfig(resume="off"))
+        memory = MemoryConfig(gradient_checkpointing="blocks") if processes == 2 else None
+        path = export(encoded, run=RunConfig(resume="off"), shard_base=processes == 2, memory=memory)
         said = run(path, processes)
+        assert ("each of 2 processes holds" in said) == (processes == 2), said
         assert "exit 0" in said and "step 6 of 6" in said and said.count("saved tidetable/job") == 1, said
         found = newest_lora()
         assert found.keys() == expected.keys()

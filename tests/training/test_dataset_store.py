@@ -71,6 +71,24 @@ def test_one_read_touches_one_record(tmp_path):
     assert sum(leaf.nbytes for leaf in leaves) == 10 * (4 * 256 + 4 * 8 + 2 * 5)
 
 
+def test_records_are_read_anew_where_another_shard_has_taken_their_place(tmp_path, monkeypatch):
+    """Also where more shards are in use than are held open."""
+    monkeypatch.setattr(store_module, "OPEN_SHARDS", 2)
+    for place in range(5):
+        fill(tmp_path, 1, start=place)
+    store = Store(tmp_path)
+    for place in random.Random(0).choices(range(5), k=40):
+        assert same(store.read(f"key {place}"), record(place))
+        assert len(store._shards) <= 2 and len(store._views) <= 2
+    write_shard(tmp_path, "latents", [("key 1", record(7), {})])
+    store.read("key 1")
+    store.refresh()
+    assert same(store.read("key 1"), record(7))
+    store.forget("key 1")
+    with pytest.raises(KeyError):
+        store.read("key 1")
+
+
 def test_what_a_reader_does_to_a_record_does_not_reach_the_file(tmp_path):
     (shard,) = fill(tmp_path, 2)
     before = shard.read_bytes()
@@ -183,11 +201,12 @@ from devtools import loading
 loading.load_checkout()
 import json, random
 from pathlib import Path
-from tidetable.training.dataset.store import Store
+from tidetable.training.dataset import store
 def resident():
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(lines["VmRSS"].split()[0]) * 1024
-store = Store(Path(sys.argv[2]))
+store.RESIDENT_BYTES = 64 << 20
+store = store.Store(Path(sys.argv[2]))
 keys = sorted(store.places)
 random.Random(0).shuffle(keys)
 peaks, total = [0] * 8, 0.0

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tidetable.training.checkpoint import read_newest
+from tidetable.training.data import Dataset
 from tidetable.training.distributed import World, parts
+from tidetable.training.validation import shared
 
 
 def run(folder: Path, size: int, steps: int) -> dict:
@@ -62,3 +64,13 @@ def test_shares():
     with pytest.raises(ValueError, match="a batch of 10 cannot be shared by 3"):
         World(0, 3).share(10)
     assert list(parts(4, 2)) == [slice(0, 2), slice(2, 4)]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_validation_takes_each_sample_once(together):
+    """Processes that go together have as many batches each: those without samples of their own see one again."""
+    data = Dataset([torch.zeros(1, 2, width) for width in (2, 2, 3, 2, 2, 2)], [""] * 6)
+    batches = [list(shared(data, 2, World(rank, 3, together))) for rank in range(3)]
+    seen = [row for own in batches for rows, counts in own if counts for row in rows]
+    assert sorted(seen) == list(range(6))
+    assert [len(own) for own in batches] == ([2, 2, 2] if together else [2, 1, 1])

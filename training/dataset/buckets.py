@@ -5,10 +5,14 @@ appendix I. Where that would enlarge the picture too much, its bucket is smaller
 """
 
 import math
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..recipe import require
+
+
+CROPS = ("middle", "random", "top")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +29,18 @@ class BucketConfig:
     """No picture is enlarged by more than this, at least 1; 1 is not at all."""
     flip: bool = False
     """Every picture also mirrored left to right."""
+    crop: str = "middle"
+    """Which part of a picture is seen, of `CROPS`: "top" keeps the upper edge, "random" draws `crops` parts."""
+    crops: int = 1
+    """Different random parts of a picture that are encoded; an epoch visits each of them once, at least 1."""
 
     def __post_init__(self):
         require(8 <= self.step <= 512, "step", self.step, "in 8..512")
         require(self.step <= self.resolution <= 8192, "resolution", self.resolution, f"in {self.step} (step)..8192")
         require(1 <= self.max_aspect <= 8, "max_aspect", self.max_aspect, "in 1..8")
         require(1 <= self.max_upscale <= 16, "max_upscale", self.max_upscale, "in 1..16")
+        require(self.crop in CROPS, "crop", self.crop, f"one of {', '.join(CROPS)}")
+        require(1 <= self.crops <= 100, "crops", self.crops, "in 1..100")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,21 @@ def place(width: int, height: int, config: BucketConfig) -> Placement:
     if max(fitting[0] / width, fitting[1] / height) > config.max_upscale:
         fitting = _smaller(width, height, config)
     return _centered(width, height, fitting)
+
+
+def cuts(middle: Placement, config: BucketConfig, name: str) -> tuple[Placement, ...]:
+    """The parts of a picture that are seen, from its placement in the middle; random ones follow from `name`.
+
+    Every corner is as likely. A picture that fits its bucket has one part only, others at most `config.crops`.
+    """
+    if config.crop == "middle":
+        return (middle,)
+    if config.crop == "top":
+        return (replace(middle, top=0),)
+    free = [whole - seen for whole, seen in zip(middle.resized, middle.bucket, strict=True)]
+    draw = random.Random(name)
+    corners = dict.fromkeys(tuple(draw.randint(0, slack) for slack in free) for _ in range(config.crops))
+    return tuple(replace(middle, left=left, top=top) for left, top in corners)
 
 
 def _smaller(width: int, height: int, config: BucketConfig) -> tuple[int, int]:

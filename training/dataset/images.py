@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .buckets import Placement
@@ -53,6 +53,8 @@ def decode(data: bytes) -> tuple[Image.Image, list[str]]:
         raise
     except MemoryError as error:
         raise BadImageError("is too large for the memory") from error
+    except UnidentifiedImageError as error:  # its words name an object of Python
+        raise BadImageError("is not a whole picture, or of a kind that cannot be read") from error
     except Exception as error:  # damaged files raise nearly anything: OSError, SyntaxError, struct.error, …
         raise BadImageError(f"is not a whole picture ({type(error).__name__}: {error})") from error
 

@@ -29,8 +29,8 @@ HEADER_CHECKSUM = "tidetable_shard_crc32"
 PATTERN = "*.safetensors"
 SHARD_BYTES = 128 << 20
 """A shard is written when its records reach this."""
-RESIDENT_BYTES = 64 << 20
-"""After reading so much, the pages are handed back: what has been read does not pile up in memory."""
+RESIDENT_BYTES = 256 << 20
+"""Before more is read, the pages are handed back: what has been read does not pile up in memory."""
 OPEN_SHARDS = 256
 """Memory maps held at once; each takes a file handle."""
 _DTYPES = {
@@ -64,7 +64,7 @@ class Place:
 
     shard: Path
     name: str
-    """The shard's: looked up at every read, which is slow with a Path."""
+    """The shard's."""
     value: Any
     """The nest that was written, with leaves for tensors."""
     nbytes: int
@@ -136,7 +136,13 @@ class Store:
         self.damaged: list[tuple[Path, str]] = []
         """Shards that could not be opened, and why."""
         self._shards: dict[str, _Shard] = {}
-        self._read_bytes = 0
+        self._views: dict[str, Any] = {}
+        """The records read so far as views, some hundred bytes each, as the index has too. A second read looks at
+        nothing else: with many records each object is far away in memory, and one more costs a percent."""
+        self._reads = 0
+        """Since the pages were handed back."""
+        self._largest = 0
+        """Bytes of the largest record so far."""
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
@@ -145,6 +151,7 @@ class Store:
     def refresh(self) -> None:
         """Read the headers anew."""
         self.places, self.damaged = {}, []
+        self._views.clear()
         for path in sorted(self.folder.glob(PATTERN), key=_age):
             try:
                 for key, place in _read_header(path):
@@ -159,16 +166,12 @@ class Store:
 
         KeyError where there is none; DamagedShardError where its shard is gone.
         """
-        place = self.places[key]
-        shard = self._shards.get(place.name) or self._open(place)
-        self._read_bytes += place.nbytes
-        if self._read_bytes > RESIDENT_BYTES:
-            self._read_bytes = 0
-            for opened in self._shards.values():
-                _advise(opened.map, "MADV_DONTNEED")
-        nest = shard.nests.get(key)
-        if nest is None:
-            nest = shard.nests[key] = _build(place.value, shard.view)
+        nest = self._views.get(key) or self._look(key)
+        self._reads += 1
+        if self._reads * self._largest > RESIDENT_BYTES:
+            self._reads = 0
+            for shard in self._shards.values():
+                _advise(shard.map, "MADV_DONTNEED")
         return nest
 
     def is_whole(self, key: str) -> bool:
@@ -180,14 +183,23 @@ class Store:
 
     def forget(self, key: str) -> None:
         self.places.pop(key, None)
+        self._views.pop(key, None)
 
     def close(self) -> None:
         self._shards.clear()
+        self._views.clear()
 
-    def _open(self, place: Place) -> "_Shard":
-        if len(self._shards) >= OPEN_SHARDS:
-            del self._shards[next(iter(self._shards))]
-        found = self._shards[place.name] = _Shard(place.shard)
+    def _look(self, key: str) -> Any:
+        place = self.places[key]
+        shard = self._shards.get(place.name)
+        if shard is None:
+            if len(self._shards) >= OPEN_SHARDS:
+                for seen in self._shards.pop(next(iter(self._shards))).keys:
+                    self._views.pop(seen, None)
+            shard = self._shards[place.name] = _Shard(place.shard)
+        shard.keys.append(key)
+        self._largest = max(self._largest, place.nbytes)
+        found = self._views[key] = _build(place.value, shard.view)
         return found
 
 
@@ -204,8 +216,8 @@ class _Shard:
         _advise(self.map, "MADV_RANDOM")  # else the system reads ahead, many times what is asked for
         self.bases: dict[torch.dtype, Tensor] = {}
         """The whole file as each dtype that it has."""
-        self.nests: dict[str, Any] = {}
-        """Views of the records read so far, by key: some hundred bytes each, as the index has too."""
+        self.keys: list[str] = []
+        """The records of which there are views."""
 
     def view(self, leaf: Leaf) -> Tensor:
         base = self.bases.get(leaf.dtype)
