@@ -318,8 +318,8 @@ def test_a_full_disk_is_said_in_words_and_leaves_no_half_file(monkeypatch):
 
     monkeypatch.setattr(paths, "save_file", no_space)
     with pytest.raises(ValueError, match="could not write .* No space left on device"):
-        save_lora_model({"diffusion_model.x.alpha": torch.tensor(1.0)}, "tests/full")
-    assert not list(paths.loras_folder().rglob("*full*"))
+        save_lora_model({"diffusion_model.x.alpha": torch.tensor(1.0)}, "tests/disk")
+    assert not list(paths.loras_folder().rglob("*disk*"))
 
 
 def test_nothing_is_overwritten():
