@@ -12,7 +12,8 @@ from comfy.model_management import InterruptProcessingException
 from comfy.patcher_extension import CallbacksMP
 
 from tidetable.nodes.training_memory import TrainingMemory
-from tidetable.runtime import tiny
+from tidetable.runtime import tiny, trainable
+from tidetable.runtime.finetune import finetune
 from tidetable.runtime.gradients import untested_offload
 from tidetable.runtime.offload import load
 from tidetable.runtime.sharding import shared_base
@@ -222,6 +223,28 @@ def test_weights_in_main_memory_are_not_shared():
         trainer = SimpleNamespace(world=World(0, 2))
         with pytest.raises(ValueError, match="set base_weights to 'full'"), shared_base(denoiser, trainer, OFFLOAD):
             pass
+
+
+@pytest.mark.parametrize(
+    ("memory", "factor"),
+    [
+        (None, 4),
+        (OFFLOAD, 4),
+        (MemoryConfig(base_weights="auto"), 30),
+        (MemoryConfig(base_weights="auto", gradient_checkpointing="blocks"), 4),
+        (MemoryConfig(base_weights="auto", gradient_checkpointing="blocks", every=2), 17),
+    ],
+)
+def test_weights_make_room_for_what_a_step_keeps(plain, memory, factor, monkeypatch):
+    asked, original = [], trainable.load
+    monkeypatch.setattr(trainable, "load", lambda *given: asked.append(given[2]) or original(*given))
+    train(plain[0], memory=memory)
+    assert asked == [pytest.approx(factor * plain[0].model.memory_required([CONFIG.batch_size, 3, 16, 24]))]
+
+
+def test_weights_that_are_trained_are_on_the_device(plain):
+    with pytest.raises(ValueError, match="training all weights needs all weights on the device"):
+        finetune(plain[0], DATA, CONFIG, quick_run(), OFFLOAD)
 
 
 # ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
