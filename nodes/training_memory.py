@@ -21,7 +21,8 @@ class TrainingMemory(io.ComfyNode):
             description=(
                 "Trades time for memory in training. With gradient checkpointing every block of the network keeps only "
                 "its inputs and is computed a second time in the backward pass. With base_weights a MODEL is trained "
-                "that does not fit the graphics card as a whole. What is learned stays the same."
+                "that does not fit the graphics card as a whole; with offload_activations what is kept waits in main "
+                "memory. What is learned stays the same."
             ),
             inputs=[
                 io.Combo.Input(
@@ -53,6 +54,14 @@ class TrainingMemory(io.ComfyNode):
                         "main memory and are copied over for each layer, in the forward and again in the backward "
                         "pass. offload: all of them that can stay there, the least memory and the slowest. A MODEL "
                         "with dynamic VRAM (newer ComfyUI) is loaded once more from its file, without it."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "offload_activations",
+                    default=_MEMORY.offload_activations,
+                    tooltip=(
+                        "On: what is kept for the backward pass is kept in main memory, with blocks their inputs. "
+                        "Slower by the way there and back; the weights stay on the GPU. Off is typical."
                     ),
                 ),
             ],

@@ -2,15 +2,16 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import comfy.ldm.modules.attention as host_attention
 from torch import nn
 
+from ..training.activations import Offload
 from ..training.engine import Trainer
 from ..training.gradient_proof import COARSE_TOLERANCE, TOLERANCE, prove_gradients
 from ..training.memory import MemoryConfig
-from ..training.recompute import recomputed
+from ..training.recompute import recomputed, replaced_forwards
 from .quantized import storage_of
 from .trainable import ComfyDenoiser
 
@@ -83,16 +84,19 @@ def _refusal(reason: str, problem: str) -> str:
 @contextmanager
 def memory_saving(network: nn.Module, config: MemoryConfig | None) -> Iterator[None]:
     """What Training Memory asks for, on the network's blocks, for the length of a run."""
-    if config is None or config.gradient_checkpointing == "off":
-        yield
-        return
-    blocks = blocks_of(network)
-    if not blocks:
-        raise ValueError(
-            f"{type(network).__name__} has no lists of blocks that could be recomputed: set gradient_checkpointing to "
-            "off"
-        )
-    with recomputed(blocks[:: config.every]):
+    config = config or MemoryConfig()
+    with ExitStack() as stack:
+        offload = Offload() if config.offload_activations else None
+        if offload is not None:
+            stack.enter_context(replaced_forwards([network], offload.forward_of))
+        if config.gradient_checkpointing == "blocks":
+            blocks = blocks_of(network)
+            if not blocks:
+                raise ValueError(
+                    f"{type(network).__name__} has no lists of blocks that could be recomputed: set "
+                    "gradient_checkpointing to off"
+                )
+            stack.enter_context(recomputed(blocks[:: config.every], offload))
         yield
 
 

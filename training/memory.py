@@ -20,6 +20,8 @@ class MemoryConfig:
     """Of the blocks, every so many is recomputed, the others are kept; at least 1."""
     base_weights: BaseWeights = "full"
     """Where the weights of the MODEL are: all on the device, as many as fit, or none ("offload")."""
+    offload_activations: bool = False
+    """What is kept for the backward pass is kept in main memory: with "blocks" the inputs of the blocks."""
 
     def __post_init__(self):
         known = ("off", "blocks")

@@ -2,7 +2,8 @@
 another memory: made once more when backward needs them, where autograd would keep all of them for the whole step.
 
 A frozen layer's backward is its input's gradient alone, W^T times that of the output. The layer's own code makes W
-both times, so whatever it computes with (a scale, a patch on top) is in the gradient.
+both times, so whatever it computes with (a scale, a patch on top) is in the gradient. It does so outside of torch's
+dispatch modes, of which torch's guard for saved tensors is one: GGUF's tensor class cannot be converted inside one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .recompute import replaced_forwards
 
@@ -33,7 +35,7 @@ def _recasting(layer: nn.Module, forward: Callable) -> Callable:
             like = torch.zeros((), dtype=dtype, device=device).expand(shape)
             return _weight(lambda: forward(like, *others, **kwargs))
 
-        with _Replaced(layer, weight):
+        with _disable_current_modes(), _Replaced(layer, weight):
             return forward(x, *others, **kwargs)
 
     return call
@@ -50,7 +52,12 @@ class _Replaced(TorchFunctionMode):
         if func not in _PRODUCTS or self.weight is None or _is(args[1], self.layer.weight):
             return func(*args, **(kwargs or {}))
         again, self.weight = self.weight, None
-        return _Product.apply(args[0], _plain(args[1]), again, func, *args[2:])
+        x, weight, *others = args
+        if func is not nn.functional.linear:
+            return _Product.apply(x, _plain(weight), again, func, *others)
+        # With rows flat, or the result would be a view made inside a Function, which nobody may add to in place.
+        flat = _Product.apply(x.reshape(-1, x.shape[-1]), _plain(weight), again, func, *others)
+        return flat.view(*x.shape[:-1], -1)
 
 
 class _Product(torch.autograd.Function):
@@ -105,7 +112,7 @@ def _plain(weight: Tensor) -> Tensor:
 def _weight(forward: Callable[[], Any]) -> Tensor:
     """What the layer multiplies with; the multiplication itself is not done."""
     try:
-        with _Stopped():
+        with _disable_current_modes(), _Stopped():
             forward()
     except _FoundError as found:
         return found.weight

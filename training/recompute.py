@@ -15,11 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .activations import Away, Offload
+
 
 @contextmanager
-def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Every call of a block under grad mode is recomputed in backward; its class's forward is back at the end."""
-    with replaced_forwards(blocks, lambda block: _recomputing(block.forward, type(block).__name__)):
+def recomputed(blocks: Sequence[nn.Module], offload: Offload | None = None) -> Iterator[None]:
+    """Every call of a block under grad mode is recomputed in backward; its class's forward is back at the end.
+
+    With `offload` the inputs, all that is kept of a block, are sent away.
+    """
+    with replaced_forwards(blocks, lambda block: _recomputing(block.forward, type(block).__name__, offload)):
         yield
 
 
@@ -40,11 +45,11 @@ def replaced_forwards(modules: Sequence[nn.Module], make: Callable[[Any], Callab
                 module.forward = forward
 
 
-def _recomputing(forward: Callable, name: str) -> Callable:
+def _recomputing(forward: Callable, name: str, offload: Offload | None) -> Callable:
     def call(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return _Call(forward, name, args, kwargs).first()
+        return _Call(forward, name, args, kwargs, offload).first()
 
     return call
 
@@ -52,10 +57,12 @@ def _recomputing(forward: Callable, name: str) -> Callable:
 class _Call:
     """One call of a block: what it was given, and after `_recompute` what its backward needs."""
 
-    def __init__(self, forward: Callable, name: str, args: tuple, kwargs: dict):
-        self.forward, self.name = forward, name
+    def __init__(self, forward: Callable, name: str, args: tuple, kwargs: dict, offload: Offload | None):
+        self.forward, self.name, self.offload = forward, name, offload
         # Networks write the place of the current block into the options that they hand to all blocks.
         self.given = _noted(args), _noted(kwargs)
+        if offload is not None:
+            self.given = tuple(_mapped(value, offload.keep) for value in self.given)
         self.args, self.kwargs = args, kwargs
         self.versions = [tensor._version for tensor in _tensors(self.given)]
         self.overwritten: set[int] = set()
@@ -100,6 +107,8 @@ class _Call:
             raise RuntimeError(f"{self.name}: the recomputed graph has no backward of its own")
 
         args, kwargs = (_noted(value) for value in self.given)
+        if self.offload is not None:
+            args, kwargs = (_mapped(value, self.offload.back) for value in (args, kwargs))
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, refuse):
             self.forward(*_copies(args), **_copies(kwargs))
         same = [(tensor.shape, tensor.dtype) for tensor in saved.values()] == self.shapes
@@ -115,14 +124,19 @@ def _noted(arguments: Any) -> Any:
     return tuple(dict(value) if type(value) is dict else value for value in arguments)
 
 
-def _copies(value: Any, nested: bool = False) -> Any:
+def _copies(value: Any) -> Any:
     """Arguments with tensors of their own, so that the block may add in place; dictionaries as they are."""
-    if isinstance(value, Tensor):
-        return value.clone()
+    return _mapped(value, Tensor.clone)
+
+
+def _mapped(value: Any, function: Callable, nested: bool = False) -> Any:
+    """The tensors of arguments, wherever they are, replaced."""
+    if isinstance(value, Tensor | Away):
+        return function(value)
     if type(value) in (tuple, list):
-        return type(value)(_copies(item, True) for item in value)
+        return type(value)(_mapped(item, function, True) for item in value)
     if type(value) is dict and not nested:
-        return {name: _copies(item, True) for name, item in value.items()}
+        return {name: _mapped(item, function, True) for name, item in value.items()}
     return value
 
 

@@ -50,6 +50,8 @@ def refuse_unfit(network: nn.Module) -> None:
             reason = "is a single number"
         elif not parameter.is_contiguous():
             reason = "is not contiguous (--force-channels-last does that)"
+        elif parameter.element_size() < 2 and parameter.device.type == "cpu":
+            reason = f"is {parameter.dtype}, which processes on a CPU cannot send"
         elif type(parameter.data) is not Tensor:
             reason = f"is a {type(parameter.data).__name__}, which has more to it than its values"
         if reason:

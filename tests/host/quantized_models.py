@@ -25,7 +25,14 @@ CPU = torch.device("cpu")
 class Packed(torch.Tensor):
     """Signed bytes and a half precision scale for each 32 values of a row, in one row of bytes. Says another shape."""
 
-    logical: torch.Size | None
+    def __new__(cls, data, *, logical):
+        del logical
+        return super().__new__(cls, data)
+
+    def __init__(self, data, *, logical):
+        del data
+        super().__init__()
+        self.logical = logical
 
     @staticmethod
     def pack(weight):
@@ -33,27 +40,23 @@ class Packed(torch.Tensor):
         scale = (blocks.abs().amax(-1, keepdim=True) / 127).half()
         codes = (blocks / scale.float()).round().to(torch.int8)
         data = torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], -1)
-        return Packed.of(data.reshape(len(weight), -1), weight.shape)
-
-    @staticmethod
-    def of(data, logical):
-        tensor = data.as_subclass(Packed)
-        tensor.logical = logical
-        return tensor
+        return Packed(data.reshape(len(weight), -1), logical=weight.shape)
 
     def unpacked(self):
         if self.logical is None:
-            return self.as_subclass(torch.Tensor)
-        data = self.as_subclass(torch.Tensor).reshape(-1, BLOCK + 2)
+            return torch.Tensor(self)  # type: ignore[call-arg]
+        data = torch.Tensor.reshape(self, (-1, BLOCK + 2))
         scale, codes = data[:, :2].contiguous().view(torch.float16), data[:, 2:].contiguous().view(torch.int8)
-        return (scale.float() * codes).reshape(self.logical)
+        return torch.Tensor((scale.float() * codes).reshape(self.logical))
 
     @property
     def shape(self):
         return super().shape if getattr(self, "logical", None) is None else self.logical
 
     def to(self, *args, **kwargs):
-        return Packed.of(self.as_subclass(torch.Tensor).to(*args, **kwargs), getattr(self, "logical", None))
+        new = super().to(*args, **kwargs)
+        new.logical = getattr(self, "logical", None)
+        return new
 
     def clone(self, *args, **kwargs):
         return self
@@ -86,7 +89,7 @@ class PackedOps(comfy.ops.manual_cast):
             weight = self.weight.unpacked().to(input.dtype)
             for patches, key in getattr(self.weight, "patches", []):
                 weight = comfy.lora.calculate_weight(patches, weight, key)
-            bias = None if self.bias is None else self.bias.as_subclass(torch.Tensor).to(input.dtype)
+            bias = None if self.bias is None else self.bias.unpacked().to(input.dtype)
             return nn.functional.linear(input, weight, bias)
 
 
@@ -170,10 +173,10 @@ def packed(name, **network):
         if not isinstance(module, PackedOps.Linear):
             continue
         weight = module.weight.data
-        new = Packed.pack(weight) if weight.shape[1] % BLOCK == 0 else Packed.of(weight, None)
+        new = Packed.pack(weight) if weight.shape[1] % BLOCK == 0 else Packed(weight, logical=None)
         module.weight = nn.Parameter(new, requires_grad=False)
         if module.bias is not None:
-            module.bias = nn.Parameter(Packed.of(module.bias.data, None), requires_grad=False)
+            module.bias = nn.Parameter(Packed(module.bias.data, logical=None), requires_grad=False)
     return PackedPatcher(patcher.model, load_device=CPU, offload_device=CPU)
 
 

@@ -6,7 +6,6 @@ The process that tests makes the same runs alone, with `run_case`.
 import json
 import logging
 import sys
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +22,13 @@ if __name__ == "__main__":
 import folder_paths
 import torch
 import torch.distributed as dist
+from comfy.samplers import sampler_object
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tidetable.runtime import tiny
 from tidetable.runtime.finetune import finetune
+from tidetable.runtime.previews import PreviewConfig
 from tidetable.runtime.training import TrainingData, train_lora
 from tidetable.runtime.training_run import RunConfig
 from tidetable.tests.host.comparing import inference_copy
@@ -71,6 +73,12 @@ def case(name: str) -> tuple:
         return unheard_of(), TEXTS, {"shard_base": True, "memory": BLOCKS, "optimizer": ONCE}
     if name == "wrong":
         return unheard_of(forward=between_blocks(Wrong.apply)), TEXTS, {"optimizer": ONCE}
+    if name == "preview":
+        sigmas = torch.tensor([1.0, 0.5, 0.0])
+        preview = PreviewConfig(
+            sampler=sampler_object("euler"), sigmas=sigmas, positive=[prompt(1)], negative=prompt(2)
+        )
+        return build("mmdit"), TEXTS, {"preview": preview}
     data = TrainingData([{"samples": samples_of("flux")}], prompts_of("flux"))
     memory = BLOCKS if name == "flux" else None
     return network_of("flux"), data, {"memory": memory, "shard_base": True}
@@ -80,9 +88,9 @@ def run_case(name: str) -> tuple[dict, dict]:
     """(LoRA, what else is to be compared)."""
     model, data, settings = case(name)
     network = inference_copy(model).model.diffusion_model
-    originals = [weakref.ref(parameter.untyped_storage()) for parameter in network.parameters()]
+    originals = [StorageWeakRef(parameter.untyped_storage()) for parameter in network.parameters()]
     facts: dict = {"alive": [], "whole": local_bytes(network), "error": ""}
-    count = lambda module, args: facts["alive"].append(sum(ref() is not None for ref in originals))  # noqa: E731
+    count = lambda module, args: facts["alive"].append(sum(not ref.expired() for ref in originals))  # noqa: E731
     handle = network.register_forward_pre_hook(count)
     config = TrainConfig(steps=2, batch_size=2 if name.startswith("flux") else 4, learning_rate=0.1, warmup_steps=0)
     lora = {}

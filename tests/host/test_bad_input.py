@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import folder_paths
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from devtools.loading import ROOT
 from tidetable.nodes import dataset as nodes
 from tidetable.runtime import tiny
 from tidetable.runtime.encoding import limit_chunks
@@ -20,6 +22,8 @@ from tidetable.tests.host.dataset_folders import write_glyphs
 from tidetable.tests.host.test_dataset_encoding import content, equal
 from tidetable.tests.host.text_models import small_clip
 from tidetable.training.dataset import catalog, images
+from tidetable.training.dataset.captions import Caption
+from tidetable.training.dataset.encoded import samples_of
 from tidetable.training.dataset.images import read_whole
 from tidetable.training.dataset.store import Store
 from tidetable.training.dataset.unused import DAY
@@ -84,6 +88,41 @@ def test_every_bad_file_is_named_with_its_reason_and_the_others_are_as_ever(fold
     again, second = run(tools)
     assert again.pictures == encoded.pictures
     assert lines(second, "left out") == skipped and lines(second, "noticed") == noted, "named again from memory"
+
+
+def test_the_help_page_s_example_is_what_it_says(folder, tools):
+    """Every file of the tree in the help page of Dataset Folder, and the numbers below it."""
+    page = (ROOT / "web/docs/Tidetable_DatasetFolder.md").read_text(encoding="utf-8")
+    tree = next(block for block in page.split("```") if block.startswith("\ninput/"))
+    above, names = {}, []
+    for line in tree.strip().splitlines()[1:]:
+        depth, (name, _, says) = (len(line) - len(line.lstrip())) // 2, line.strip().partition("  ")
+        above[depth] = name.rstrip("/")
+        path = folder.parent.joinpath(*(above[k] for k in range(1, depth + 1)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".jpg", ".png"):
+            Image.new("RGB", (64, 64), (8 * len(names), 90, 90)).save(path)
+        elif path.suffix:
+            path.write_text(says.strip())
+        names += [path.name] if path.suffix else []
+    assert len(names) == 10
+    with torch.inference_mode():
+        pictures, report = nodes.DatasetFolder.execute("sks", "dogs").args
+    found = {entry.name: entry for entry in pictures.entries}
+    assert "6 pictures, 2 of them for regularization; 33 with repeats; 2 masks" in report and "left out" not in report
+    assert {name: bool(entry.mask) for name, entry in found.items() if entry.repeats == 10} == {
+        "10_a dog/garden.jpg": True, "10_a dog/beach.jpg": True, "10_a dog/sofa.jpg": False,
+    }  # fmt: skip
+    assert found["10_a dog/sofa.jpg"].caption == Caption(tags="a dog")
+    assert found["3_close up/nose.png"].caption == Caption("A close photo of the nose of sks dog.")
+    widgets = {e.id: e.default for e in nodes.EncodeDataset.GET_SCHEMA().inputs if hasattr(e, "default")}
+    with torch.inference_mode():
+        encoded = nodes.EncodeDataset.execute(
+            pictures, *tools, **{**widgets, "resolution": 64, "bucket_step": 32}, captions=None
+        ).args[0]
+    counts = Counter(encoded.pictures[row.picture].name for row in samples_of(encoded.pictures))
+    others = [count for name, count in counts.items() if name.startswith("regularization/")]
+    assert sum(counts.values()) == 66 and sorted(others) == [16, 17]
 
 
 def test_more_bad_files_than_a_report_has_lines_are_counted_by_reason(folder, tools):

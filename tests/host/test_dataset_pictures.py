@@ -16,7 +16,7 @@ from PIL import Image
 from tidetable.runtime import tiny
 from tidetable.runtime.dataset import folder_dataset
 from tidetable.runtime.encoding import encode_dataset
-from tidetable.runtime.pictures import AHEAD, ahead
+from tidetable.runtime.pictures import AHEAD, Batches, ahead
 from tidetable.tests.host.dataset_folders import write_glyphs
 from tidetable.tests.host.test_dataset_encoding import content, equal
 from tidetable.training.dataset import catalog
@@ -93,6 +93,16 @@ def test_the_network_sees_batches_of_one_size_only(source, clip, monkeypatch):
     seen.clear()
     encode(source, vae, clip, "many", vae_batch=4)
     assert Counter(shape[0] for shape in seen) == {4: 3, 2: 3}, "six views of each of three sizes"
+
+
+def test_a_video_vae_gets_one_picture_at_once():
+    """A batch would be the frames of one film."""
+    vae = kl_vae()
+    assert Batches(vae, 8, print).size == 8
+    vae.latent_dim, vae.not_video = 3, False
+    assert Batches(vae, 8, print).size == 1
+    vae.not_video = True
+    assert Batches(vae, 8, print).size == 8
 
 
 @pytest.mark.parametrize("largest", [2, 1, 0])

@@ -38,10 +38,10 @@ def made(kind, name="sd3"):
     return model
 
 
-def train(model, name="sd3", config=CONFIG, **settings):
+def train(model, name, **settings):
     data = TrainingData([{"samples": samples_of(name)}], prompts_of(name))
     with torch.inference_mode():
-        return train_lora(model, data, config, LORA, **settings)
+        return train_lora(model, data, CONFIG, LORA, **settings)
 
 
 CASES = [(kind, name) for kind in FORMATS for name in ("sd3", "flux")]
@@ -98,19 +98,19 @@ def test_no_dequantized_weight_waits_for_backward(kind):
     assert not [shape for shape, place in kept if shape in weights and place not in own]
 
 
-@pytest.mark.parametrize("kind", FEW)
-def test_a_run_learns_on_a_proven_base_and_goes_on_after_a_stop(kind, caplog, output):
-    model = made(kind)
+@pytest.mark.parametrize(("kind", "name"), [(kind, "sd3") for kind in FEW] + [("packed", "flux")])
+def test_a_run_learns_on_a_proven_base_and_goes_on_after_a_stop(kind, name, caplog, output):
+    model = made(kind, name)
     before = fingerprint(model)
     with caplog.at_level(logging.INFO):
-        result = train(model, run=quick_run(checkpoint_every_steps=6))
+        result = train(model, name, run=quick_run(checkpoint_every_steps=6))
     assert "its weights are stored as" in caplog.text and "its gradients were checked on the first batch" in caplog.text
     assert fingerprint(model) == before
-    with prepared("sd3", model, scale=0.0) as (_, _, loss), torch.no_grad():
+    with prepared(name, model, scale=0.0) as (_, _, loss), torch.no_grad():
         base = loss().item()
-    with prepared("sd3", result.model, scale=0.0) as (_, _, loss), torch.no_grad():
+    with prepared(name, result.model, scale=0.0) as (_, _, loss), torch.no_grad():
         assert loss().item() < base
-    again = train(model, run=quick_run(checkpoint_every_steps=6))  # the finished run's last state
+    again = train(model, name, run=quick_run(checkpoint_every_steps=6))  # the finished run's last state
     assert all(torch.equal(again.lora[key], result.lora[key]) for key in result.lora)
 
 
@@ -162,4 +162,4 @@ def test_a_base_without_a_backward_pass_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(PackedOps.Linear, "forward_comfy_cast_weights", forward)
     model = FORMATS["fp8"]("sd3", operations=PackedOps)
     with pytest.raises(ValueError, match="its weights are stored as float8_e4m3fn, and on the first batch its grad"):
-        train(model)
+        train(model, "sd3")

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tidetable.tests.host.sharded_child import run_all, run_case
+from tidetable.training.sharding import refuse_unfit
 
 
-NAMES = ("mmdit", "unet", "flux", "flux_kept", "unknown", "wrong", "4@taken", "2@given", "2@adamw", "2@unet")
+NAMES = ("mmdit", "unet", "flux", "flux_kept", "unknown", "wrong", "preview", "4@taken", "2@given", "2@adamw", "2@unet")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,8 @@ def close(found: dict, expected: dict) -> bool:
 @pytest.mark.parametrize("name", ["mmdit", "unet", "flux", "unknown"])
 def test_two_processes_learn_what_one_does(shared, name):
     expected, alone = run_case(name)
-    assert not alone["error"] and any(value.abs().max() > 0 for key, value in expected.items() if "lora_up" in key)
+    assert not alone["error"] and all(alone["alive"])  # one process keeps the weights
+    assert any(value.abs().max() > 0 for key, value in expected.items() if "lora_up" in key)
     for rank, facts_of in enumerate(facts(shared, name)):
         assert not facts_of["error"]
         assert close(load_file(shared / f"{name}_{rank}.safetensors"), expected)
@@ -68,6 +71,21 @@ def test_the_proof_is_one_of_all_processes(shared):
     assert "UnheardOf is not among the networks that are tested" in first["said"][0]
     first, second = facts(shared, "wrong")
     assert first["error"] == second["error"] and "this model cannot be trained here" in first["error"]
+
+
+def test_previews_are_for_one_process(shared):
+    assert all("previews are drawn by one process" in one["error"] for one in facts(shared, "preview"))
+
+
+def test_weights_that_cannot_be_cut_are_named():
+    for weight, reason in (
+        (torch.ones(()), "is a single number"),
+        (torch.ones(4, 3).t(), "is not contiguous"),
+        (torch.ones(2, 2).to(torch.float8_e4m3fn), "is torch.float8_e4m3fn"),
+    ):
+        network = torch.nn.ParameterDict({"odd": torch.nn.Parameter(weight, requires_grad=False)})
+        with pytest.raises(ValueError, match=f"the weights cannot be shared by several processes: odd {reason}"):
+            refuse_unfit(network)
 
 
 def test_a_network_that_adds_in_place_needs_recomputed_blocks(shared):

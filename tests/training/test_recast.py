@@ -67,6 +67,20 @@ def test_the_gradient_is_that_of_the_layer_and_the_weight_is_made_again(name):
     assert "forward" not in vars(layer)
 
 
+def test_the_result_may_be_added_to_in_place():
+    """As Flux's blocks do with the output of a layer that carries no adapter."""
+    layer = Linear(6, 4).requires_grad_(False)
+    slopes = []
+    for layers in ([], [layer]):
+        x = torch.ones(2, 3, 6).requires_grad_()
+        with recast(layers):
+            output = layer(x)
+            output += x[..., :4].square()
+        output.square().sum().backward()
+        slopes.append(x.grad)
+    assert torch.equal(*slopes)
+
+
 def test_a_weight_that_is_there_stays_with_autograd():
     layer = nn.Linear(6, 4).requires_grad_(False)
     kept = []
