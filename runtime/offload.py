@@ -33,7 +33,7 @@ and 74 for Qwen-Image.
 
 def step_factor(memory: MemoryConfig | None) -> float:
     """Between the two by how many blocks are recomputed. Where weights need not make room, it decides nothing."""
-    if memory is None or memory.base_weights != "auto":
+    if memory is None or memory.base_weights != "auto" or memory.offload_activations:
         return MEMORY_FACTOR
     kept = 1 - 1 / memory.every if memory.gradient_checkpointing == "blocks" else 1.0
     return MEMORY_FACTOR + kept * (KEPT_FACTOR - MEMORY_FACTOR)

@@ -62,7 +62,10 @@ def plain():
     return model, train(model).lora, picture
 
 
-@pytest.mark.parametrize("memory", [OFFLOAD, MemoryConfig(base_weights="auto", gradient_checkpointing="blocks")])
+EVERYTHING = MemoryConfig(base_weights="offload", gradient_checkpointing="blocks", offload_activations=True)
+
+
+@pytest.mark.parametrize("memory", [OFFLOAD, MemoryConfig(base_weights="auto"), EVERYTHING])
 def test_a_run_learns_the_same_and_leaves_the_model_as_it_was(plain, memory):
     model, expected, picture = plain
     before = fingerprint(model)
@@ -231,6 +234,7 @@ def test_weights_in_main_memory_are_not_shared():
         (None, 4),
         (OFFLOAD, 4),
         (MemoryConfig(base_weights="auto"), 30),
+        (MemoryConfig(base_weights="auto", offload_activations=True), 4),
         (MemoryConfig(base_weights="auto", gradient_checkpointing="blocks"), 4),
         (MemoryConfig(base_weights="auto", gradient_checkpointing="blocks", every=2), 17),
     ],
@@ -258,8 +262,11 @@ def test_a_card_that_keeps_everything_has_nowhere_to_put_the_weights():
 
 
 def test_the_node_and_its_values():
-    settings = TrainingMemory.execute(gradient_checkpointing="off", every=1, base_weights="auto").args[0]
-    assert settings == MemoryConfig(base_weights="auto") and MemoryConfig().base_weights == "full"
+    given = {"gradient_checkpointing": "off", "every": 1, "base_weights": "auto", "offload_activations": False}
+    assert (
+        TrainingMemory.execute(**given).args[0] == MemoryConfig(base_weights="auto")
+        and MemoryConfig().base_weights == "full"
+    )
     with pytest.raises(ValueError, match="base_weights"):
         MemoryConfig(base_weights="half")
 
