@@ -254,7 +254,10 @@ class TrainLoRA(io.ComfyNode):
                 MemorySettings.Input(
                     "memory",
                     optional=True,
-                    tooltip="From Training Memory: gradient checkpointing. Not connected: none.",
+                    tooltip=(
+                        "From Training Memory: what is computed twice, and what waits in main memory. Not connected: "
+                        "nothing, all of it stays on the device."
+                    ),
                 ),
             ],
             outputs=[

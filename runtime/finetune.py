@@ -17,10 +17,11 @@ from ..training.memory import MemoryConfig
 from ..training.sharding import gathered
 from .gradients import memory_saving, require_right_gradients
 from .objective import prepare, seen_in_flow
+from .offload import MEMORY_FACTOR, require_full
 from .progress import TrainingReporter
 from .sharding import shared_weights
 from .trainable import training_session
-from .training import MEMORY_FACTOR, undisturbed
+from .training import undisturbed
 from .training_data import TrainingData, datasets_of
 from .training_run import RunConfig, RunKeeper, fingerprint, guard_of
 from .watching import watched
@@ -49,7 +50,8 @@ def finetune(
     model, config = prepare(model, config)
     reporter = TrainingReporter(config.steps, None)
     needed = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
-    with training_session(model, needed) as denoiser:
+    with training_session(model, needed, base_weights=memory.base_weights if memory else "full") as denoiser:
+        require_full(denoiser.real, "training all weights")
         dataset, held_out = datasets_of(denoiser, data, samples, reporter, None, objective)
         network = denoiser.real.diffusion_model
         with shared_weights(denoiser, memory) as parameters:

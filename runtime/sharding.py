@@ -15,6 +15,7 @@ from ..training.engine import Trainer
 from ..training.memory import MemoryConfig
 from ..training.sharding import in_shares, local_bytes
 from .gradients import blocks_of
+from .offload import require_full
 from .trainable import ComfyDenoiser
 
 
@@ -85,11 +86,7 @@ def refuse_coarse(denoiser: ComfyDenoiser) -> None:
 @contextmanager
 def _shared(denoiser: ComfyDenoiser, memory: MemoryConfig | None, way_out: str, patience: timedelta) -> Iterator[None]:
     network, world = denoiser.real.diffusion_model, replace(World.current(), together=True)
-    if denoiser.real.model_lowvram:
-        raise ValueError(
-            "several processes spread the weights over the devices, and some of them are in main memory: set "
-            f"base_weights to 'full' and start ComfyUI without --novram, or {way_out}"
-        )
+    require_full(denoiser.real, "shard_base")
     recomputed = memory is not None and memory.gradient_checkpointing == "blocks" and memory.every == 1
     if denoiser.in_place and not recomputed:
         raise ValueError(

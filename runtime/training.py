@@ -29,6 +29,7 @@ from .diffusers_format import diffusers_names
 from .gradients import memory_saving, require_right_gradients
 from .lora_keys import LoRAModel, apply_lora, apply_text_lora, to_lora_model
 from .objective import prepare, seen_in_flow
+from .offload import step_factor
 from .paths import rescue_folders, save_lora
 from .preflight import check_settings
 from .previews import PreviewConfig
@@ -42,8 +43,6 @@ from .watching import watched
 
 
 logger = logging.getLogger(__name__)
-MEMORY_FACTOR = 4.0
-"""Activations kept for the backward pass, relative to what ComfyUI estimates for a forward pass."""
 RESCUE_PREFIX = "tidetable/unfinished"
 NO_CLIP = (
     "Train LoRA has a CLIP only where its input text_encoder is connected (Text Encoder LoRA): otherwise the text "
@@ -88,7 +87,7 @@ def train_lora(
     objective = config.objective  # with its prompt, which is data
     model, config = prepare(model, config)
     reporter = TrainingReporter(config.steps, node_id)
-    needed = model.model.memory_required([config.batch_size, *samples[0].shape]) * MEMORY_FACTOR
+    needed = model.model.memory_required([config.batch_size, *samples[0].shape]) * step_factor(memory)
     encoder = text_encoder.private() if text_encoder else None
     beside = [encoder.clip.patcher] if encoder else []
     needed += encoder.memory(config.batch_size) if encoder else 0

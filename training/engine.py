@@ -30,9 +30,9 @@ MAX_SKIPPED = 20
 """Consecutive steps without a finite gradient after which the run is given up."""
 OUT_OF_MEMORY = (
     "out of memory with one sample at once; what was learned is saved. What helps, most first: Training Memory with "
-    "gradient_checkpointing 'blocks' (a third of the memory for activations) and base_weights 'auto' or 'offload' (up "
-    "to all of the MODEL's weights), pictures of half the area (half of it), targets 'attention' and a lower rank (the "
-    "optimizer's part), and closing what else uses the graphics card"
+    "gradient_checkpointing 'blocks' (a third of the memory for activations; less with offload_activations) and "
+    "base_weights 'auto' or 'offload' (up to all of the MODEL's weights), pictures of half the area (half of it), "
+    "targets 'attention' and a lower rank (the optimizer's part), and closing what else uses the graphics card"
 )
 
 

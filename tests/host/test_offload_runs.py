@@ -12,7 +12,8 @@ from comfy.model_management import InterruptProcessingException
 from comfy.patcher_extension import CallbacksMP
 
 from tidetable.nodes.training_memory import TrainingMemory
-from tidetable.runtime import tiny
+from tidetable.runtime import tiny, trainable
+from tidetable.runtime.finetune import finetune
 from tidetable.runtime.gradients import untested_offload
 from tidetable.runtime.offload import load
 from tidetable.runtime.sharding import shared_base
@@ -61,7 +62,10 @@ def plain():
     return model, train(model).lora, picture
 
 
-@pytest.mark.parametrize("memory", [OFFLOAD, MemoryConfig(base_weights="auto", gradient_checkpointing="blocks")])
+EVERYTHING = MemoryConfig(base_weights="offload", gradient_checkpointing="blocks", offload_activations=True)
+
+
+@pytest.mark.parametrize("memory", [OFFLOAD, MemoryConfig(base_weights="auto"), EVERYTHING])
 def test_a_run_learns_the_same_and_leaves_the_model_as_it_was(plain, memory):
     model, expected, picture = plain
     before = fingerprint(model)
@@ -224,6 +228,29 @@ def test_weights_in_main_memory_are_not_shared():
             pass
 
 
+@pytest.mark.parametrize(
+    ("memory", "factor"),
+    [
+        (None, 4),
+        (OFFLOAD, 4),
+        (MemoryConfig(base_weights="auto"), 30),
+        (MemoryConfig(base_weights="auto", offload_activations=True), 4),
+        (MemoryConfig(base_weights="auto", gradient_checkpointing="blocks"), 4),
+        (MemoryConfig(base_weights="auto", gradient_checkpointing="blocks", every=2), 17),
+    ],
+)
+def test_weights_make_room_for_what_a_step_keeps(plain, memory, factor, monkeypatch):
+    asked, original = [], trainable.load
+    monkeypatch.setattr(trainable, "load", lambda *given: asked.append(given[2]) or original(*given))
+    train(plain[0], memory=memory)
+    assert asked == [pytest.approx(factor * plain[0].model.memory_required([CONFIG.batch_size, 3, 16, 24]))]
+
+
+def test_weights_that_are_trained_are_on_the_device(plain):
+    with pytest.raises(ValueError, match="training all weights needs all weights on the device"):
+        finetune(plain[0], DATA, CONFIG, quick_run(), OFFLOAD)
+
+
 # ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -235,8 +262,11 @@ def test_a_card_that_keeps_everything_has_nowhere_to_put_the_weights():
 
 
 def test_the_node_and_its_values():
-    settings = TrainingMemory.execute(gradient_checkpointing="off", every=1, base_weights="auto").args[0]
-    assert settings == MemoryConfig(base_weights="auto") and MemoryConfig().base_weights == "full"
+    given = {"gradient_checkpointing": "off", "every": 1, "base_weights": "auto", "offload_activations": False}
+    assert (
+        TrainingMemory.execute(**given).args[0] == MemoryConfig(base_weights="auto")
+        and MemoryConfig().base_weights == "full"
+    )
     with pytest.raises(ValueError, match="base_weights"):
         MemoryConfig(base_weights="half")
 
