@@ -93,6 +93,11 @@ def _shared(denoiser: ComfyDenoiser, memory: MemoryConfig | None, way_out: str, 
             f"{type(network).__name__} adds to tensors in place, which shared weights allow only in recomputed blocks: "
             f"connect Training Memory with gradient_checkpointing 'blocks' and every 1, or {way_out}"
         )
+    if memory is not None and memory.offload_activations and not recomputed:
+        raise ValueError(
+            "offload_activations would send the weights that several processes gather to main memory as well: set "
+            f"gradient_checkpointing to 'blocks' and every to 1, turn offload_activations off, or {way_out}"
+        )
     whole = local_bytes(network)
     with in_shares(network, blocks_of(network), patience):
         denoiser.in_place = False  # autograd itself now refuses what is not recomputed and written over

@@ -49,7 +49,7 @@ class _Replaced(TorchFunctionMode):
         self.layer, self.weight = layer, weight
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func not in _PRODUCTS or self.weight is None or _is(args[1], self.layer.weight):
+        if func not in _PRODUCTS or self.weight is None or _is(args[1], self.layer.weight) or _trained(args[1:3]):
             return func(*args, **(kwargs or {}))
         again, self.weight = self.weight, None
         x, weight, *others = args
@@ -101,6 +101,10 @@ _PRODUCTS = {
 def _is(weight: Tensor, own: Tensor) -> bool:
     """One memory, and what it holds are the values."""
     return weight.data_ptr() == own.data_ptr() and not hasattr(weight, "__tensor_flatten__")
+
+
+def _trained(tensors: Sequence[Tensor | None]) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _plain(weight: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from tidetable.runtime.gradients import memory_saving
+from tidetable.runtime.sharding import _shared
 from tidetable.runtime.training import TrainingData, train_lora
 from tidetable.tests.host.comparing import fingerprint
 from tidetable.tests.host.gradient_cases import gradients, network_of, prepared, prompts_of, samples_of
 from tidetable.training import activations
 from tidetable.training.activations import Away, Offload
 from tidetable.training.config import LoRAConfig, TrainConfig
+from tidetable.training.distributed import PATIENCE
 from tidetable.training.memory import MemoryConfig
 
 
@@ -111,3 +113,10 @@ def test_a_run_learns_the_same_bits(monkeypatch):
             for settings in pair
         )
         assert all(torch.equal(plain[key], other[key]) for key in plain)
+
+
+def test_gathered_weights_would_be_sent_and_are_refused():
+    with prepared("sd3") as (denoiser, _, _):
+        shared = _shared(denoiser, memory("off"), "turn shard_base off", PATIENCE)
+        with pytest.raises(ValueError, match="offload_activations would send the weights .* or turn shard_base off"):
+            shared.__enter__()

@@ -81,6 +81,19 @@ def test_the_result_may_be_added_to_in_place():
     assert torch.equal(*slopes)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_is_trained_has_its_gradient(name):
+    layer = Linear(6, 4).requires_grad_(False)
+    getattr(layer, name).requires_grad_()
+    slopes = []
+    for layers in ([], [layer]):
+        with recast(layers):
+            layer(torch.ones(3, 6)).square().sum().backward()
+        slopes.append(getattr(layer, name).grad.clone())
+        getattr(layer, name).grad = None
+    assert torch.equal(*slopes) and slopes[0].any()
+
+
 def test_a_weight_that_is_there_stays_with_autograd():
     layer = nn.Linear(6, 4).requires_grad_(False)
     kept = []
