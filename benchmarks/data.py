@@ -5,7 +5,7 @@ the embedded VAE and text encoder cost next to nothing, so this is what the pack
 of an epoch in batches, latents stacked and texts joined as training does, once from the cache and once from the same
 tensors in memory (by the clock, and by CPU time where other programs share the machine). The model's own conditions,
 which training makes of each sample at each visit, are not in it. `peak_bytes` is the resident memory over that at the
-start (`memory`: with the tensors loaded).
+start (`memory`: the bytes of its tensors).
 """
 
 import argparse
@@ -32,6 +32,8 @@ from tidetable.training.dataset.store import ShardWriter, Store
 
 
 CHANGED = 0.05
+PARTS = 10
+"""Turns of each arm in an epoch of `read`."""
 LATENT, TEXT, TEXTS = (4, 32, 32), (77, 2048), 1000
 """Shapes of `read`: small latents, text embeddings as SDXL has them, and how many different texts there are."""
 
@@ -96,30 +98,27 @@ def read_rows(folder: Path, count: int, batch_size: int, rounds: int) -> Iterato
 
     keys, text_keys = ([f"{kind} {place}" for place in range(n)] for kind, n in (("latent", count), ("text", TEXTS)))
     cached = dataset(lambda place: store.read(keys[place])["latent"])
-    speeds: dict[str, list[float]] = {"tidetable": [], "memory": []}
-    cpu: dict[str, list[float]] = {"tidetable": [], "memory": []}
-    peaks = {}
     cached_text = lambda place: store.read(text_keys[place])[0][0]  # noqa: E731
-    epoch(cached, cached_text, batch_size, 0)
-    peaks["tidetable"], _ = with_peak(lambda: epoch(cached, cached_text, batch_size, 1))
-    resident = current_bytes()
+    order = BatchOrder(cached, batch_size, 0)
+    steps = order.batches_per_epoch
+    peak, _ = with_peak(lambda: walk(cached, cached_text, order, range(2 * steps)))
     latents = [store.read(key)["latent"].clone() for key in keys]
     embeddings = [store.read(key)[0][0].clone() for key in text_keys]
-    held = dataset(latents.__getitem__)
-    for number in range(rounds):  # side by side: other programs share this machine
-        for arm, data, text in (("memory", held, embeddings.__getitem__), ("tidetable", cached, cached_text)):
+    arms = {"memory": (dataset(latents.__getitem__), embeddings.__getitem__), "tidetable": (cached, cached_text)}
+    spent: dict[str, list[tuple[float, float]]] = {"tidetable": [], "memory": []}
+    for number in range(rounds * PARTS):  # side by side, in short turns: other programs share this machine
+        part = range(number * steps // PARTS, (number + 1) * steps // PARTS)
+        for arm in (*arms,) if number % 2 else (*arms,)[::-1]:
             started, used = time.perf_counter(), time.process_time()
-            epoch(data, text, batch_size, number)
-            speeds[arm].append(count / (time.perf_counter() - started))
-            cpu[arm].append(time.process_time() - used)
-    peaks["memory"] = current_bytes() - resident
-    for arm, values in speeds.items():
-        yield "read", arm, "per_second", median(values), "1/s"
+            walk(*arms[arm], order, part)
+            spent[arm].append((time.perf_counter() - started, time.process_time() - used))
+    peaks = {"tidetable": peak, "memory": float(sum(tensor.nbytes for tensor in (*latents, *embeddings)))}
+    for arm, times in spent.items():
+        yield "read", arm, "per_second", count / PARTS / median(clock for clock, _ in times), "1/s"
         yield "read", arm, "peak_bytes", peaks[arm], "B"
-    ratios = [ours / theirs for ours, theirs in zip(speeds["tidetable"], speeds["memory"], strict=True)]
-    yield "read", "tidetable", "of_memory", median(ratios), "x"
-    ratios = [theirs / ours for ours, theirs in zip(cpu["tidetable"], cpu["memory"], strict=True)]
-    yield "read", "tidetable", "of_memory_by_cpu_time", median(ratios), "x"
+    for kind, name in enumerate(("of_memory", "of_memory_by_cpu_time")):
+        ratios = [theirs[kind] / ours[kind] for ours, theirs in zip(*spent.values(), strict=True)]
+        yield "read", "tidetable", name, median(ratios), "x"
 
 
 class Reads:
@@ -145,10 +144,10 @@ def write_cache(folder: Path, count: int) -> None:
             writer.add(f"text {place}", [[torch.randn(1, *TEXT, generator=generator), {}]])
 
 
-def epoch(data: Dataset, text: Callable[[int], torch.Tensor], batch_size: int, seed: int) -> float:
-    """Every sample once, in batches as the trainer makes them; the sum keeps it from being skipped."""
-    order, total = BatchOrder(data, batch_size, seed), 0.0
-    for step in range(order.batches_per_epoch):
+def walk(data: Dataset, text: Callable[[int], torch.Tensor], order: BatchOrder, steps: range) -> float:
+    """These steps' batches, as the trainer makes them; the sum keeps it from being skipped."""
+    total = 0.0
+    for step in steps:
         rows = order.indices(step)
         latents = torch.stack([data.latents[row] for row in rows])
         texts = torch.cat([text(data.conditions[row]) for row in rows])
