@@ -52,11 +52,21 @@ def load(patcher: ModelPatcher, beside: Sequence[ModelPatcher], memory_required:
             "the graphics card: start it without, or set base_weights to 'full'"
         )
     free_others(wanted)
-    with torch.no_grad():  # merging a DoRA into weights that ask for gradients fails, and ComfyUI only logs it
-        comfy.model_management.load_models_gpu(wanted, memory_required=memory_required, force_full_load=base == "full")
-        if base == "offload":
-            patcher.unpatch_model(patcher.offload_device)
-            patcher.partially_load(patcher.load_device, NONE)
+    try:
+        with torch.no_grad():  # merging a DoRA into weights that ask for gradients fails, and ComfyUI only logs it
+            comfy.model_management.load_models_gpu(
+                wanted, memory_required=memory_required, force_full_load=base == "full"
+            )
+            if base == "offload":
+                patcher.unpatch_model(patcher.offload_device)
+                patcher.partially_load(patcher.load_device, NONE)
+    except torch.OutOfMemoryError as error:
+        size, less = patcher.model_size() / 2**30, "'auto' or 'offload'" if base == "full" else "'offload'"
+        raise torch.OutOfMemoryError(
+            f"the MODEL's weights, {size:.1f} GB, do not fit {patcher.load_device} with base_weights '{base}': set "
+            f"base_weights of Training Memory to {less}, load it with a smaller weight_dtype, or close what else uses "
+            f"the graphics card ({error})"
+        ) from error
     if patcher.model.model_lowvram:
         _refuse_left_out(patcher)
         away = (patcher.model_size() - patcher.loaded_size()) / 2**20

@@ -145,6 +145,16 @@ def test_what_is_not_trained_leaves_the_device_and_comes_back(plain):
 # ── weights that ComfyUI leaves in main memory ──────────────────────────────────────────────────────────────────────
 
 
+def test_weights_that_do_not_fit_are_said_with_the_way_out(plain, monkeypatch):
+    def run_out(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", run_out)
+    text = r"weights, \d+\.\d GB, do not fit cpu with base_weights 'full': .* to 'auto' or 'offload'.*20\.00 MiB"
+    with pytest.raises(torch.OutOfMemoryError, match=text), trainable.training_session(plain[0]):
+        raise AssertionError("there is nothing to train")
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_model_that_comfyui_does_not_load_in_full_is_right_with_full_too(share):
     """Part of its weights in main memory, as where they do not fit, or all, as with --novram whatever is asked for."""
